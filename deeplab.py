@@ -1,0 +1,434 @@
+"""DeepLabv3 (Chen et al. 2017, https://arxiv.org/abs/1706.05587) on torchvision's ResNet.
+
+Reads from layer to model: weight-standardised convolution, ASPP, DeepLabv3, the three builders, the ImageNet
+start, checkpoints. The parameter names are those of the published checkpoints.
+"""
+
+import os
+import pickle
+from functools import partial
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, ResNet152_Weights
+from torchvision.models.resnet import Bottleneck, ResNet
+
+LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
+IMAGENET = {
+    "resnet50": ResNet50_Weights.IMAGENET1K_V1,
+    "resnet101": ResNet101_Weights.IMAGENET1K_V1,
+    "resnet152": ResNet152_Weights.IMAGENET1K_V1,
+}
+IMAGENET_GN_WS = "R-101-GN-WS.pth.tar"  # ResNet-101 with GN+WS, from the Weight Standardization authors
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
+TRUNK_MOMENTUM, ASPP_MOMENTUM = 0.05, 0.0003  # of BatchNorm's running statistics
+PAPER_ITERATIONS = 30_000
+
+
+class ModelError(ValueError):
+    """Model options, weights or a checkpoint that cannot be used; the message is one line for the user."""
+
+
+class WSConv2d(nn.Conv2d):
+    """Convolution with Weight Standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520)."""
+
+    def standardized_weight(self) -> Tensor:
+        """The weight, per output channel minus its mean and divided by (unbiased std + 1e-5)."""
+        # The mean is taken in the published implementation's order: a deep net amplifies the rounding.
+        mean = self.weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
+        weight = self.weight - mean
+        return weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.standardized_weight(), self.bias)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling and the classifier (paper, section 3.3).
+
+    Branches `aspp1`, `aspp2`, ...: a 1x1 conv, one 3x3 conv per atrous rate, and, with `image_pooling`, a 1x1
+    conv of the image's mean; each 256 wide, normalised, ReLU. Takes (N, in_channels, H, W), gives logits (N,
+    num_classes, H, W).
+    """
+
+    def __init__(self, in_channels, num_classes, rates, image_pooling, norm_layer):
+        super().__init__()
+        self.image_pooling = image_pooling
+        convs = [nn.Conv2d(in_channels, 256, 1, bias=False)]
+        convs += [nn.Conv2d(in_channels, 256, 3, padding=r, dilation=r, bias=False) for r in rates]
+        if image_pooling:
+            convs.append(nn.Conv2d(in_channels, 256, 1, bias=False))
+        self.num_branches = len(convs)
+        # All convs come before all norms: the parameter order of the published optimizer states.
+        for i, conv in enumerate(convs, 1):
+            self.add_module(f"aspp{i}", conv)
+        for i in range(1, self.num_branches + 1):
+            self.add_module(f"aspp{i}_bn", norm_layer(256))
+        self.conv2 = nn.Conv2d(256 * self.num_branches, 256, 1, bias=False)
+        self.bn2 = norm_layer(256)
+        self.conv3 = nn.Conv2d(256, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = []
+        for i in range(1, self.num_branches + 1):
+            pooling = self.image_pooling and i == self.num_branches
+            y = x.mean((2, 3), keepdim=True) if pooling else x
+            y = F.relu(getattr(self, f"aspp{i}_bn")(getattr(self, f"aspp{i}")(y)))
+            branches.append(y.expand(-1, -1, *x.shape[2:]) if pooling else y)
+        return self.conv3(F.relu(self.bn2(self.conv2(torch.cat(branches, 1)))))
+
+
+class DeepLabv3(ResNet):
+    """A torchvision ResNet whose last stages are dilated, with ASPP on top.
+
+    Args:
+        backbone: "resnet50", "resnet101" or "resnet152".
+        num_classes: width of the logits.
+        num_groups: GroupNorm with that many groups everywhere; None is BatchNorm.
+        weight_std: weight standardisation of every conv but the classifier.
+        beta: the stem is three 3x3 convs instead of one 7x7.
+        output_stride: 8, 16 or 32, the ratio of the input's size to that of the last feature map.
+        multi_grid: rates of layer4's three 3x3 convs, in units of the stage's own rate (2 at output stride
+            16); (1, 1, 1) keeps torchvision's dilations, whose first block has the rate of the stage before,
+            as the published checkpoints have it.
+        aspp_rates: atrous rates as given for output stride 16; scaled for the others.
+        image_pooling: whether ASPP has its image-level branch.
+
+    Raises:
+        ModelError: for an option that has no meaning; the message names the flag.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int = 21,
+        num_groups: int | None = None,
+        weight_std: bool = False,
+        beta: bool = False,
+        output_stride: int = 16,
+        multi_grid: tuple[int, ...] = (1, 1, 1),
+        aspp_rates: tuple[int, ...] = (6, 12, 18),
+        image_pooling: bool = True,
+    ):
+        if backbone not in LAYERS:
+            raise ModelError(f"--backbone {backbone}: choose one of {', '.join(LAYERS)}")
+        if not 1 <= num_classes <= 255:
+            raise ModelError(f"{num_classes} classes: a mask of bytes with 255 to ignore can hold 1 to 255")
+        if num_groups is not None and (num_groups < 1 or 64 % num_groups):
+            raise ModelError(
+                f"--groups {num_groups} does not divide the layers' widths: use 1, 2, 4, 8, 16, 32 or 64"
+            )
+        if output_stride not in (8, 16, 32):
+            raise ModelError(f"--output_stride {output_stride}: choose 8, 16 or 32")
+        if len(multi_grid) != 3 or min(multi_grid) < 1:
+            raise ModelError(
+                "--multi_grid takes three positive rates, one for each block of layer4, such as 1 2 4"
+            )
+        if not aspp_rates or min(aspp_rates) < 1 or any(rate * 16 % output_stride for rate in aspp_rates):
+            raise ModelError(
+                "--aspp_rates are positive, and even at --output_stride 32, where they are halved"
+            )
+        norm = (
+            partial(nn.GroupNorm, num_groups)
+            if num_groups
+            else partial(nn.BatchNorm2d, momentum=TRUNK_MOMENTUM)
+        )
+        dilate = (False, output_stride == 8, output_stride <= 16)
+        super().__init__(
+            Bottleneck, LAYERS[backbone], num_classes=1, replace_stride_with_dilation=dilate, norm_layer=norm
+        )
+        del self.avgpool, self.fc
+        self.config = {
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "num_groups": num_groups,
+            "weight_std": weight_std,
+            "beta": beta,
+            "output_stride": output_stride,
+            "multi_grid": list(multi_grid),
+            "aspp_rates": list(aspp_rates),
+            "image_pooling": image_pooling,
+        }
+        self.bn_frozen = False
+        if beta:
+            self.conv1 = nn.Sequential(
+                nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False),
+                nn.Conv2d(64, 64, 3, padding=1, bias=False),
+                nn.Conv2d(64, 64, 3, padding=1, bias=False),
+            )
+        if tuple(multi_grid) != (1, 1, 1):
+            for block, grid in zip(self.layer4, multi_grid, strict=True):
+                rate = 32 // output_stride * grid
+                block.conv2.dilation = block.conv2.padding = (rate, rate)
+        rates = [rate * 16 // output_stride for rate in aspp_rates]
+        aspp_norm = norm if num_groups else partial(nn.BatchNorm2d, momentum=ASPP_MOMENTUM)
+        self.aspp = ASPP(2048, num_classes, rates, image_pooling, aspp_norm)
+
+        # torchvision has initialised its own layers: normal, std sqrt(2 / (k*k*out)). The new ones follow
+        # suit, but for the classifier under weight standardisation, which keeps PyTorch's default as in the
+        # published models.
+        for conv in [*self.conv1.modules(), *self.aspp.modules()]:
+            if isinstance(conv, nn.Conv2d) and not (weight_std and conv is self.aspp.conv3):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if weight_std:
+            # The standardised conv has the same parameters and differs in its forward alone, so torchvision's
+            # layers need no rebuilding: another class is all it takes.
+            for conv in self.modules():
+                if isinstance(conv, nn.Conv2d) and conv is not self.aspp.conv3:
+                    conv.__class__ = WSConv2d
+        self.memory_format = torch.contiguous_format
+        self.register_buffer("pixel_mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def place(self, device: torch.device | str) -> "DeepLabv3":
+        """Move to a device, in the memory format to use there."""
+        # channels_last is the faster one, but the CPU's GroupNorm loses precision in it: of the golden
+        # predictions of a GN+WS network, 97 to 99 % of the pixels agree instead of 99.96 %.
+        exact = torch.device(device).type == "cpu" and self.config["num_groups"]
+        self.memory_format = torch.contiguous_format if exact else torch.channels_last
+        return self.to(device, memory_format=self.memory_format)
+
+    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) to float32 network input; `sizes` (N, 2) are the heights and widths of the
+        images proper.
+
+        Whatever lies right of an image or below it is padding, and exactly 0 after normalising.
+        """
+        x = (images - self.pixel_mean) / self.pixel_std
+        rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]
+        columns = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
+        x = x * (rows[:, None, :, None] & columns[:, None, None, :])
+        return x.contiguous(memory_format=self.memory_format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised float (N, 3, H, W) to logits (N, num_classes, H, W)."""
+        size = x.shape[2:]
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return F.interpolate(self.aspp(x), size, mode="bilinear", align_corners=True)
+
+    def train(self, mode: bool = True) -> "DeepLabv3":
+        super().train(mode)
+        if self.bn_frozen:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def freeze_bn(self) -> None:
+        """Fix BatchNorm's statistics, scale and shift for good; `train()` does not thaw them."""
+        self.bn_frozen = True
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def fit_bn_momentum(self, max_iter: int) -> None:
+        """Fit the memory of BatchNorm's running statistics to a run of `max_iter` iterations.
+
+        With momentum m they average the last 1/m iterations or so. ASPP's 0.0003 makes that a ninth of the
+        paper's 30K iterations: long enough to be smooth, and the initial values fade to exp(-9). Over 100
+        iterations those would keep 97 % of the weight and spoil evaluation; so no layer of a short run
+        averages over more than a ninth of it. The trunk's 20 iterations are affected in the same way from 180
+        iterations down.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, _BatchNorm):
+                momentum = ASPP_MOMENTUM if name.startswith("aspp.") else TRUNK_MOMENTUM
+                module.momentum = min(1.0, max(momentum, ASPP_MOMENTUM * PAPER_ITERATIONS / max_iter))
+
+
+def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
+    """DeepLabv3 with that backbone, from ImageNet weights if `pretrained`; other arguments as for
+    `DeepLabv3`."""
+    model = DeepLabv3(backbone, *args, **kwargs)
+    if pretrained:
+        load_imagenet(model)
+    return model
+
+
+def resnet50(pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
+    """DeepLabv3 on ResNet-50; arguments as for `build`."""
+    return build("resnet50", pretrained, *args, **kwargs)
+
+
+def resnet101(pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
+    """DeepLabv3 on ResNet-101; arguments as for `build`."""
+    return build("resnet101", pretrained, *args, **kwargs)
+
+
+def resnet152(pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
+    """DeepLabv3 on ResNet-152; arguments as for `build`."""
+    return build("resnet152", pretrained, *args, **kwargs)
+
+
+def load_imagenet(model: DeepLabv3) -> None:
+    """Start the trunk from ImageNet: torchvision's weights for BN, `data/R-101-GN-WS.pth.tar` for GN+WS.
+
+    torchvision's file is looked for in `data/`, then in torch.hub's cache, then downloaded there and its hash
+    checked.
+
+    Raises:
+        ModelError: if there are no such weights, they cannot be had, or a tensor of the trunk is not among
+        them.
+    """
+    config = model.config
+    if bool(config["num_groups"]) != config["weight_std"]:
+        raise ModelError(
+            "only BN and GN+WS have an ImageNet start: give both of --groups and --weight_std, or --scratch"
+        )
+    if config["weight_std"]:
+        if config["backbone"] != "resnet101":
+            raise ModelError(
+                f"GN+WS has an ImageNet start for resnet101 only, not {config['backbone']}: add --scratch"
+            )
+        path = os.path.join("data", IMAGENET_GN_WS)
+        if not os.path.exists(path):
+            raise ModelError(
+                f"{path} is missing: `python main.py --download gn_ws_imagenet`, or add --scratch"
+            )
+        source = read_checkpoint(path)["state_dict"]
+    else:
+        url = IMAGENET[config["backbone"]].url
+        path = os.path.join("data", os.path.basename(url))
+        folder = "data" if os.path.exists(path) else None  # None is torch.hub's cache
+        try:
+            source = torch.hub.load_state_dict_from_url(
+                url, model_dir=folder, map_location="cpu", check_hash=True, weights_only=True
+            )
+        except (OSError, URLError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"cannot get {url} ({reason}): put that file at {path}, or add --scratch"
+            ) from error
+
+    # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
+    fresh = ("aspp.", "conv1.") if config["beta"] else "aspp."
+    trunk = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(fresh) and not key.endswith("num_batches_tracked")
+    }
+    lacking = [key for key, tensor in trunk.items() if key not in source or source[key].shape != tensor.shape]
+    if lacking:
+        raise ModelError(
+            f"{path}: {len(lacking)} of the trunk's {len(trunk)} tensors are not in it, {lacking[0]} first"
+        )
+    model.load_state_dict({key: source[key] for key in trunk}, strict=False)
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a checkpoint as data: nothing in it is executed.
+
+    Returns the file's dict; its `state_dict` (the whole dict where the file is a flat one) has names without
+    the prefix `module.`. Reads torch's zip format and the legacy one of the published files.
+
+    Raises:
+        ModelError: if the file cannot be read, is no checkpoint, or would run code.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():
+            raise ModelError(
+                f"{path} is refused: it is a pickle that names code, not only tensors"
+            ) from error
+        raise ModelError(f"{path} is not a PyTorch checkpoint") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        # What torch.load raises on a damaged file depends on where the damage lies.
+        raise ModelError(f"{path} is damaged or not a PyTorch checkpoint: fetch or write it again") from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise ModelError(f"{path} holds no state_dict of tensors")
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
+
+
+def read_config(checkpoint: dict, path: str) -> dict:
+    """The arguments of `DeepLabv3` that a checkpoint of `read_checkpoint` was trained with.
+
+    Our checkpoints name them under `model`. For a published one they follow from the names and shapes; what
+    these do not show (the number of groups, the rates) is as published: GN comes as 32 groups with weight
+    standardisation.
+
+    Raises:
+        ModelError: if these are not the weights of a DeepLabv3.
+    """
+    if "model" in checkpoint:
+        return checkpoint["model"]
+    state = checkpoint["state_dict"]
+    blocks = len({key.split(".")[1] for key in state if key.startswith("layer3.")})
+    backbone = next((name for name, layers in LAYERS.items() if layers[2] == blocks), None)
+    kernels = []
+    while f"aspp.aspp{len(kernels) + 1}.weight" in state:
+        kernels.append(state[f"aspp.aspp{len(kernels) + 1}.weight"].shape[-1])
+    if backbone is None or kernels[:2] != [1, 3] or "aspp.conv3.weight" not in state:
+        raise ModelError(
+            f"{path} does not hold the weights of a DeepLabv3 (layer1 to layer4 of a ResNet, and aspp)"
+        )
+    group_norm = "bn1.running_mean" not in state
+    return {
+        "backbone": backbone,
+        "num_classes": state["aspp.conv3.weight"].shape[0],
+        "num_groups": 32 if group_norm else None,
+        "weight_std": group_norm,
+        "beta": "conv1.0.weight" in state,
+        "aspp_rates": [6 * (i + 1) for i in range(kernels.count(3))],
+        "image_pooling": kernels[-1] == 1,
+    }
+
+
+def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
+    """Load a checkpoint of `read_checkpoint` into `model`, all of it.
+
+    `num_batches_tracked` may be absent, as in some published files. The output stride may differ: no weight
+    depends on it.
+
+    Raises:
+        ModelError: if the checkpoint is of another model (naming the flags that differ), or is damaged.
+    """
+    flags = {
+        "num_groups": "groups",
+        "num_classes": "dataset (number of classes)",
+        "image_pooling": "no_image_pooling",
+    }
+    saved, published = read_config(checkpoint, path), "model" not in checkpoint
+    differing = []
+    for key, value in saved.items():
+        ours = model.config.get(key)
+        if published and key in (
+            "num_groups",
+            "aspp_rates",
+        ):  # only their presence and their number are known
+            same = bool(ours) == bool(value) if key == "num_groups" else len(ours) == len(value)
+        else:
+            same = ours == value or key == "output_stride" or (published and key == "weight_std")
+        if not same:
+            differing.append(f"--{flags.get(key, key)} (checkpoint: {value}, here: {ours})")
+    if differing:
+        raise ModelError(f"{path} was trained with other flags: {', '.join(differing)}")
+
+    state, ours = checkpoint["state_dict"], model.state_dict()
+    for key, tensor in ours.items():
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, tensor)
+        elif key not in state or state[key].shape != tensor.shape:
+            found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
+            raise ModelError(f"{path}: {key} {found}, expected {tuple(tensor.shape)}")
+        elif not state[key].is_floating_point():
+            raise ModelError(f"{path}: {key} is of type {state[key].dtype}, expected {tensor.dtype}")
+        elif not state[key].isfinite().all():
+            raise ModelError(f"{path}: {key} holds values that are not finite")
+    unknown = [key for key in state if key not in ours]
+    if unknown:
+        raise ModelError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
+    model.load_state_dict(state)

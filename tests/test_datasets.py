@@ -1,0 +1,243 @@
+"""Reading samples, the augmentation's distribution, batches, the embedded data set, and what is wrong with
+lists."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_list_dataset
+from PIL import Image
+
+from datasets import (
+    VOC_CLASSES,
+    Cityscapes,
+    ListSegmentation,
+    SegmentationDataset,
+    Shapes,
+    TrainBatches,
+    VOCSegmentation,
+    random_crop,
+    read_classes,
+)
+from utils import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_list_dataset(tmp_path / "set")
+
+
+def test_sample(folder):
+    image, mask = ListSegmentation(str(folder), train=False)[1]
+    assert image.dtype == mask.dtype == torch.uint8
+    assert image.shape == (3, 60, 80) and mask.shape == (60, 80)
+    assert set(mask.unique().tolist()) == {0, 2}
+    assert image[:, mask == 2].float().mean() < 20 < 120 < image[:, mask == 0].float().mean()
+
+
+def test_training_sample_follows_from_seed_epoch_and_index(folder):
+    def draw(seed, key):
+        return ListSegmentation(str(folder), train=True, crop_size=33, seed=seed)[key]
+
+    for other, same in (((0, (0, 0)), True), ((1, (0, 0)), False), ((0, (1, 0)), False)):
+        first, second = draw(0, (0, 0)), draw(*other)
+        assert (first[0].shape == second[0].shape and torch.equal(first[0], second[0])) is same
+
+
+def test_random_crop_is_uniform_in_log_scale_position_and_flip():
+    """Measured on an image whose colours are its coordinates, against the distributions of the paper's
+    recipe."""
+    height, width, crop = 120, 200, 65
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros_like(rows)]).byte()
+    mask = torch.ones(height, width, dtype=torch.uint8)
+    scales, flips, places = [], [], []
+    for i in range(2000):
+        out, labels = random_crop(image, mask, crop, np.random.default_rng(i))
+        assert out.shape[1:] == labels.shape and max(labels.shape) <= crop and labels.min() == 1
+        x = out[1, 0].float()
+        step = ((x[-5] - x[4]) / (len(x) - 9)).item()  # source columns per output column, negative if flipped
+        scales.append(1 / abs(step))
+        flips.append(step < 0)
+        window = round(crop / scales[-1])
+        if window < height - 40:
+            places.append((x.min().item() / (width - window), out[0].min().item() / (height - window)))
+    log_scales = np.log2(scales)
+    for values, low, high in ((log_scales, -1, 1), *((np.array(p), 0, 1) for p in zip(*places, strict=True))):
+        uniform = np.linspace(low, high, len(values))  # Kolmogorov-Smirnov against the uniform distribution
+        assert np.abs(np.sort(values) - uniform).max() < 0.06 * (high - low)
+    assert 0.46 < np.mean(flips) < 0.54
+
+
+def test_random_crop_keeps_image_and_mask_together():
+    """Where the image is white the mask is 1: the two are cut, scaled and flipped alike."""
+    mask = torch.zeros(90, 120, dtype=torch.uint8)
+    mask[20:60, 30:100] = 1
+    image = (mask * 255).expand(3, -1, -1)
+    agree = total = 0
+    for i in range(100):
+        out, labels = random_crop(image, mask, 65, np.random.default_rng(i))
+        agree += ((out[0] > 127) == labels.bool()).sum().item()
+        total += labels.numel()
+    assert agree / total > 0.99
+
+
+def test_random_crop_of_tiny_images():
+    for height, width in ((1, 1), (1, 50), (3, 2)):
+        for i in range(20):
+            image = torch.zeros(3, height, width, dtype=torch.uint8)
+            out, labels = random_crop(image, image[0], 33, np.random.default_rng(i))
+            assert out.shape[1:] == labels.shape and min(labels.shape) >= 1 and max(labels.shape) <= 33
+
+
+def test_collate_pads_on_the_right_and_below(folder):
+    dataset = ListSegmentation(str(folder), train=False)
+    samples = [dataset[0], (dataset[1][0][:, :50, :70], dataset[1][1][:50, :70])]
+    images, masks, sizes = dataset.collate(samples)
+    assert images.shape == (2, 3, 65, 97) and masks.shape == (2, 65, 97)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert sizes.tolist() == [[60, 80], [50, 70]]
+    for (image, mask), padded, labels in zip(samples, images, masks, strict=True):
+        h, w = mask.shape
+        assert torch.equal(padded[:, :h, :w], image) and torch.equal(labels[:h, :w], mask)
+        assert (labels[h:] == 255).all() and (labels[:, w:] == 255).all()
+
+
+def test_eval_batches_hold_everything_once_and_one_size_each(folder):
+    for i, size in enumerate([(10, 10), (40, 20), (10, 12), (40, 30)]):
+        Image.new("RGB", size).save(folder / f"images/val{i}.jpg")
+    (folder / "list/val.txt").write_text("".join(f"images/val{i}.jpg masks/val0.png\n" for i in range(4)))
+    dataset = ListSegmentation(str(folder), train=False)
+    assert dataset.eval_batches(4) == [[0, 2], [1, 3]]
+    assert dataset.eval_batches(1) == [[0], [2], [1], [3]]
+
+
+def test_train_batches():
+    batches = TrainBatches(7, 3, epochs=2, seed=0)
+    keys = list(batches)
+    assert batches.per_epoch == 3 and batches.max_iter == len(batches) == len(keys) == 6
+    for epoch in (0, 1):
+        flat = [key for batch in keys[3 * epoch : 3 * epoch + 3] for key in batch]
+        assert sorted(flat) == [(epoch, i) for i in range(7)]
+    assert [i for _, i in sum(keys[:3], [])] != [i for _, i in sum(keys[3:], [])]
+    assert keys != list(TrainBatches(7, 3, epochs=2, seed=1))
+    for start in range(7):  # resuming anywhere gives the rest
+        assert list(TrainBatches(7, 3, epochs=2, seed=0, start=start)) == keys[start:]
+    assert [len(batch) for batch in TrainBatches(7, 3, 1, 0, min_last=2)] == [3, 3]  # no batch of one image
+    assert [len(batch) for batch in TrainBatches(8, 3, 1, 0, min_last=2)] == [3, 3, 2]
+
+
+def test_shapes_are_the_same_on_every_machine(tmp_path):
+    root = tmp_path / "data" / "shapes"
+    dataset = Shapes(str(root), train=False)
+    assert len(dataset) == 60 and len(Shapes(str(root))) == 240
+    assert dataset.classes == ["background", "circle", "square", "triangle", "cross"]
+    again = Shapes(str(tmp_path / "again"), train=False)
+    assert all(torch.equal(a, b) for i in range(60) for a, b in zip(dataset[i], again[i], strict=True))
+    assert {label for i in range(60) for label in dataset[i][1].unique().tolist()} == {0, 1, 2, 3, 4}
+    assert Image.open(dataset.pairs[0][0]).format == "JPEG"
+    assert not (tmp_path / "data" / "shapes.tmp").exists()
+
+
+def write_png(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array, mode).save(path)
+
+
+def test_voc_layout(folder, tmp_path):
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    shutil.copytree(folder, voc)
+    (voc / "list/train.txt").rename(voc / "list/train_aug.txt")
+    for train, count in ((True, 6), (False, 3)):
+        dataset = VOCSegmentation(str(tmp_path / "VOCdevkit"), train, crop_size=33)
+        assert len(dataset) == count and dataset.classes == VOC_CLASSES and len(dataset.palette) == 21
+    assert dataset.palette[15] == [192, 128, 128]  # person, as in the devkit
+    assert dataset.padded_size(375, 500) == (513, 513)
+    with pytest.raises(UserError, match="train_aug.txt.*--download pascal"):
+        VOCSegmentation(str(tmp_path / "elsewhere"))
+
+
+def test_cityscapes_layout(tmp_path):
+    ids = np.array([[0, 7, 11], [33, 29, 24]], np.uint8)
+    train_ids = [[255, 0, 2], [18, 255, 11]]
+    for city in ("aachen", "bochum"):
+        stem = f"{city}/{city}_000000_000019"
+        write_png(tmp_path / f"leftImg8bit/val/{stem}_leftImg8bit.png", np.zeros((2, 3, 3), np.uint8))
+        write_png(tmp_path / f"gtFine/val/{stem}_gtFine_labelIds.png", ids)
+    dataset = Cityscapes(str(tmp_path), train=False)
+    assert [dataset[i][1].tolist() for i in range(2)] == [train_ids] * 2
+    prepared = np.array([[255, 1, 2], [3, 4, 5]], np.uint8)  # the preparation script's file comes first
+    write_png(tmp_path / f"gtFine/val/{stem}_gtFine_labelTrainIds.png", prepared)
+    dataset = Cityscapes(str(tmp_path), train=False)
+    assert [dataset[i][1].tolist() for i in range(2)] == [train_ids, prepared.tolist()]
+    assert len(dataset.classes) == 19 and dataset.padded_size(1024, 2048) == (1025, 2049)
+    (tmp_path / f"gtFine/val/{stem}_gtFine_labelTrainIds.png").unlink()
+    (tmp_path / f"gtFine/val/{stem}_gtFine_labelIds.png").unlink()
+    with pytest.raises(UserError, match="bochum.*labelIds.png is missing"):
+        Cityscapes(str(tmp_path), train=False)
+    with pytest.raises(UserError, match="leftImg8bit_trainvaltest.zip"):
+        Cityscapes(str(tmp_path), train=True)
+
+
+def test_lists(folder):
+    path = folder / "list/val.txt"
+    for text, message in (
+        ("/images/val0.jpg\n", r"val.txt:1: expected `/image /mask`"),
+        ("\n/images/val0.jpg /masks/none.png\n", r"val.txt:2 names .*none.png, which is not there"),
+        ("/images/val0.jpg /masks\n", r"names .*masks, which is not there"),
+        ("\n", "val.txt is empty"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            ListSegmentation(str(folder), train=False)
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match=r"cannot read .*val.txt \(not text\)"):
+        ListSegmentation(str(folder), train=False)
+    path.write_text("\ufeff/images/val0.jpg /masks/val0.png\r\n\r\nimages/val1.jpg masks/val1.png")
+    assert len(ListSegmentation(str(folder), train=False)) == 2
+
+
+def test_classes(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("sky 1 2 3\ntraffic light\nroad 7\n")
+    classes, palette = read_classes(str(path))
+    assert classes == ["sky", "traffic light", "road 7"]
+    assert palette == [[1, 2, 3], [128, 0, 0], [0, 128, 0]]
+    for text in ("a\na\n", "a 1 2 256\n", "".join(f"c{i}\n" for i in range(256))):
+        path.write_text(text)
+        with pytest.raises(UserError, match="classes.txt:"):
+            read_classes(str(path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "images/val0.jpg").write_bytes(b""), r"cannot read .*val0.jpg"),
+        (lambda f: (f / "masks/val0.png").write_bytes(b"not a picture"), r"cannot read .*val0.png"),
+        (
+            lambda f: (f / "images/val0.jpg").write_bytes((f / "images/val0.jpg").read_bytes()[:300]),
+            "val0.jpg",
+        ),
+        (
+            lambda f: Image.new("L", (80, 61)).save(f / "masks/val0.png"),
+            r"val0.png is 80x61, but its image .* 80x60",
+        ),
+        (lambda f: Image.new("RGB", (80, 60)).save(f / "masks/val0.png"), "but this is a RGB image"),
+        (
+            lambda f: Image.new("L", (80, 60), 3).save(f / "masks/val0.png"),
+            r"label 3, but the classes are 0 to 2",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_used(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        ListSegmentation(str(folder), train=False)[0]
+    assert "\n" not in str(error.value)
+
+
+def test_ignored_label_is_accepted(folder):
+    Image.new("L", (80, 60), 255).save(folder / "masks/val0.png")
+    assert (ListSegmentation(str(folder), train=False)[0][1] == 255).all()
+    assert isinstance(ListSegmentation(str(folder)), SegmentationDataset)
