@@ -66,7 +66,7 @@ class SegmentationDataset(Dataset):
     epoch, index) alone, so it does not depend on which worker draws it, or when.
 
     Args:
-        pairs: (image path, mask path).
+        pairs: (image path, mask path); without a mask every pixel is to be ignored.
         classes, palette: name and colour of each class.
         train: give random crops instead of whole samples.
         crop_size: height and width of the crops.
@@ -74,10 +74,11 @@ class SegmentationDataset(Dataset):
     """
 
     labels: np.ndarray | None = None  # table from the mask file's labels to the classes, where they differ
+    label_ids: np.ndarray | None = None  # and back, for the test server
 
     def __init__(
         self,
-        pairs: list[tuple[str, str]],
+        pairs: list[tuple[str, str | None]],
         classes: list[str],
         palette: Palette,
         train: bool,
@@ -108,6 +109,8 @@ class SegmentationDataset(Dataset):
         """
         image_path, mask_path = self.pairs[index]
         image = torch.from_numpy(np.array(open_image(image_path).convert("RGB"))).permute(2, 0, 1)
+        if mask_path is None:
+            return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
         picture = open_image(mask_path)
         if picture.mode not in ("P", "L", "1"):
             raise UserError(
@@ -139,8 +142,8 @@ class SegmentationDataset(Dataset):
         return (height + 30) // 32 * 32 + 1, (width + 30) // 32 * 32 + 1
 
     def name(self, index: int) -> str:
-        """The name of the sample's mask file, without its ending."""
-        return os.path.splitext(os.path.basename(self.pairs[index][1]))[0]
+        """The name of the sample's mask file, or without one that of its image, without the ending."""
+        return os.path.splitext(os.path.basename(self.pairs[index][1] or self.pairs[index][0]))[0]
 
     def collate(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Samples to a batch, padded on the right and below: images with 0, masks with `IGNORE_INDEX`.
@@ -171,33 +174,55 @@ class SegmentationDataset(Dataset):
 
 
 class VOCSegmentation(SegmentationDataset):
-    """PASCAL VOC 2012 under `root`/VOC2012, by the lists train_aug.txt and val.txt.
+    """PASCAL VOC 2012 under `root`/VOC2012, by the lists train_aug.txt and val.txt, or the images of the test
+    server.
 
     Raises:
         UserError: if the lists or files that they name are missing.
     """
 
-    def __init__(self, root: str, train: bool = True, crop_size: int = 513, seed: int = 0):
+    classes, palette = VOC_CLASSES, voc_palette(21)
+
+    def __init__(
+        self, root: str, train: bool = True, crop_size: int = 513, seed: int = 0, split: str | None = None
+    ):
         folder = os.path.join(root, "VOC2012")
-        pairs = read_list(folder, "train_aug" if train else "val", "--download pascal fetches it")
-        super().__init__(pairs, VOC_CLASSES, voc_palette(21), train, crop_size, seed, (513, 513))
+        if split == "test":
+            names = read_lines(
+                os.path.join(folder, "ImageSets/Segmentation/test.txt"), "unpack VOC2012test.tar there"
+            )
+            pairs = [(os.path.join(folder, "JPEGImages", f"{name.strip()}.jpg"), None) for _, name in names]
+        else:
+            split = split or ("train" if train else "val")
+            list_name = "train_aug" if split == "train" else split
+            pairs = read_list(folder, list_name, "`python main.py --download pascal` fetches the data set")
+        super().__init__(pairs, self.classes, self.palette, train, crop_size, seed, (513, 513))
+
+    def result_name(self, index: int) -> str:
+        """Where the test server looks for a prediction."""
+        return f"results/VOC2012/Segmentation/comp6_test_cls/{self.name(index)}"
 
 
 class Cityscapes(SegmentationDataset):
     """Cityscapes under `root`/leftImg8bit and `root`/gtFine, 19 classes.
 
     The masks are the _labelTrainIds.png of the preparation script where they exist, else made from
-    _labelIds.png.
+    _labelIds.png; the split test has none.
 
     Raises:
         UserError: if there are no images, or an image has no mask.
     """
 
+    classes = [name for name, _, _ in CITYSCAPES_CLASSES]
+    palette = [color for _, _, color in CITYSCAPES_CLASSES]
+    label_ids = np.array([label for _, label, _ in CITYSCAPES_CLASSES], np.uint8)
     labels = np.full(256, IGNORE_INDEX, np.uint8)
-    labels[[label for _, label, _ in CITYSCAPES_CLASSES]] = range(len(CITYSCAPES_CLASSES))
+    labels[label_ids] = range(len(CITYSCAPES_CLASSES))
 
-    def __init__(self, root: str, train: bool = True, crop_size: int = 769, seed: int = 0):
-        split = "train" if train else "val"
+    def __init__(
+        self, root: str, train: bool = True, crop_size: int = 769, seed: int = 0, split: str | None = None
+    ):
+        split = split or ("train" if train else "val")
         folder = os.path.join(root, "leftImg8bit", split)
         names = sorted(glob("*/*_leftImg8bit.png", root_dir=folder))
         if not names:
@@ -209,13 +234,15 @@ class Cityscapes(SegmentationDataset):
         for name in names:
             stem = os.path.join(root, "gtFine", split, name.removesuffix("leftImg8bit.png"))
             masks = [f"{stem}gtFine_labelTrainIds.png", f"{stem}gtFine_labelIds.png"]
-            mask = next(filter(os.path.exists, masks), None)
-            if mask is None:
+            mask = None if split == "test" else next(filter(os.path.exists, masks), "")
+            if mask == "":
                 raise UserError(f"{masks[1]} is missing: unzip gtFine_trainvaltest.zip in {root}")
             pairs.append((os.path.join(folder, name), mask))
-        classes = [name for name, _, _ in CITYSCAPES_CLASSES]
-        palette = [color for _, _, color in CITYSCAPES_CLASSES]
-        super().__init__(pairs, classes, palette, train, crop_size, seed, (1025, 2049))
+        super().__init__(pairs, self.classes, self.palette, train, crop_size, seed, (1025, 2049))
+
+    def result_name(self, index: int) -> str:
+        """Where the test server looks for a prediction: the frame's name begins the file's."""
+        return f"results/{self.name(index).removesuffix('_leftImg8bit')}_pred_labelIds"
 
 
 class ListSegmentation(SegmentationDataset):
@@ -225,19 +252,22 @@ class ListSegmentation(SegmentationDataset):
         UserError: if one of these, or a file that the list names, is missing or malformed.
     """
 
-    def __init__(self, root: str, train: bool = True, crop_size: int = 513, seed: int = 0):
+    def __init__(
+        self, root: str, train: bool = True, crop_size: int = 513, seed: int = 0, split: str | None = None
+    ):
         classes, palette = read_classes(os.path.join(root, "classes.txt"))
-        pairs = read_list(root, "train" if train else "val", "--data_root names the folder that holds it")
+        split = split or ("train" if train else "val")
+        pairs = read_list(root, split, "--data_root names the folder that holds it")
         super().__init__(pairs, classes, palette, train, crop_size, seed)
 
 
 class Shapes(ListSegmentation):
     """The embedded data set: small scenes of coloured shapes, drawn at `root` when first asked for."""
 
-    def __init__(self, root: str, train: bool = True, crop_size: int = 97, seed: int = 0):
+    def __init__(self, root: str, *args, **kwargs):
         if not os.path.exists(root):
             draw_shapes(root)
-        super().__init__(root, train, crop_size, seed)
+        super().__init__(root, *args, **kwargs)
 
 
 def open_image(path: str, load: bool = True) -> Image.Image:
@@ -256,6 +286,24 @@ def open_image(path: str, load: bool = True) -> Image.Image:
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
+def read_lines(path: str, remedy: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers from 1.
+
+    Raises:
+        UserError: if there are none, or the file cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [
+                (number, line) for number, line in enumerate(file.read().splitlines(), 1) if line.strip()
+            ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', 'not text')}): {remedy}") from error
+    if not lines:
+        raise UserError(f"{path} is empty: {remedy}")
+    return lines
+
+
 def read_list(root: str, split: str, remedy: str) -> list[tuple[str, str]]:
     """Pairs of paths from `root`/list/`split`.txt: `/image /mask` a line, relative to `root`.
 
@@ -263,19 +311,9 @@ def read_list(root: str, split: str, remedy: str) -> list[tuple[str, str]]:
         UserError: if the list or a file that it names is missing, or a line is malformed.
     """
     path = os.path.join(root, "list", f"{split}.txt")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not text")
-        raise UserError(
-            f"cannot read {path} ({reason}): {remedy}; --dataset shapes needs no files"
-        ) from error
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path, f"{remedy}; --dataset shapes needs no files"):
         names = line.split()
-        if not names:
-            continue
         if len(names) != 2:
             raise UserError(f"{path}:{number}: expected `/image /mask`, got {line!r}")
         pair = tuple(os.path.join(root, name.lstrip("/")) for name in names)
@@ -283,42 +321,28 @@ def read_list(root: str, split: str, remedy: str) -> list[tuple[str, str]]:
             if not os.path.isfile(name):
                 raise UserError(f"{path}:{number} names {name}, which is not there")
         pairs.append(pair)
-    if not pairs:
-        raise UserError(f"{path} is empty")
     return pairs
 
 
 def read_classes(path: str) -> tuple[list[str], Palette]:
-    """Names and colours from a file with `name` or `name r g b` a line; the VOC palette gives the colours not
+    """Names and colours from a file with `name` or `name r g b` a line; the VOC palette gives colours not
     named.
 
     Raises:
         UserError: if the file is missing or a line is malformed.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {path} ({getattr(error, 'strerror', 'not text')}): it names the classes, one a line"
-        ) from error
     classes, palette = [], voc_palette()
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words:
-            continue
-        name, color = words, []
+    for number, line in read_lines(path, "it names the classes, one a line"):
+        words, color = line.split(), []
         if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):
-            name, color = words[:-3], [int(word) for word in words[-3:]]
-        name = " ".join(name)
+            words, color = words[:-3], [int(word) for word in words[-3:]]
+        name = " ".join(words)
         if name in classes or max(color, default=0) > 255 or len(classes) == IGNORE_INDEX:
             expected = "at most 255 different names, each with a colour of 0 to 255 or with none"
             raise UserError(f"{path}:{number}: {line!r}, expected {expected}")
         if color:
             palette[len(classes)] = color
         classes.append(name)
-    if not classes:
-        raise UserError(f"{path} is empty: it names the classes, one a line")
     return classes, palette[: len(classes)]
 
 

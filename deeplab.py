@@ -6,11 +6,14 @@ start, checkpoints. The parameter names are those of the published checkpoints.
 
 import os
 import pickle
+from collections.abc import Sequence
 from functools import partial
 from urllib.error import URLError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, ResNet152_Weights
@@ -152,6 +155,8 @@ class DeepLabv3(ResNet):
             "aspp_rates": list(aspp_rates),
             "image_pooling": image_pooling,
         }
+        self.classes: list[str] | None = None  # names and colours, where `load` finds them in a checkpoint
+        self.palette: list[list[int]] | None = None
         self.bn_frozen = False
         if beta:
             self.conv1 = nn.Sequential(
@@ -203,12 +208,55 @@ class DeepLabv3(ResNet):
         x = x * (rows[:, None, :, None] & columns[:, None, None, :])
         return x.contiguous(memory_format=self.memory_format)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised float (N, 3, H, W) to logits (N, num_classes, H, W)."""
-        size = x.shape[2:]
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Normalised float (N, 3, H, W) to logits (N, num_classes, H, W), or of another `size`."""
+        size = size or x.shape[2:]
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return F.interpolate(self.aspp(x), size, mode="bilinear", align_corners=True)
+
+    def scores(self, x: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
+        """What to take the argmax of: the logits, or the softmax scores averaged over `scales` and left-right
+        `flip`.
+
+        Takes normalised images (N, 3, H, W), gives (N, num_classes, H, W) (paper, section 4.1).
+        """
+        if list(scales) == [1.0] and not flip:
+            return self(x)
+        stride, total = self.config["output_stride"], 0
+        for scale in scales:
+            size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
+            scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=True)
+            total = total + self(scaled, x.shape[2:]).softmax(1)
+            if flip:
+                total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
+        return total / (len(scales) * (1 + flip))
+
+    @torch.inference_mode()
+    def predict(
+        self, image: Image.Image, scales: Sequence[float] = (1.0,), flip: bool = False, max_side: int = 2049
+    ) -> np.ndarray:
+        """Segment one PIL image, any mode and size, turned as its EXIF orientation says.
+
+        An image with a side longer than `max_side` is predicted at that size and the labels are enlarged,
+        which bounds the memory.
+
+        Returns:
+            uint8 labels (H, W), of the turned image's size.
+        """
+        image = to_rgb(image)
+        shrink = min(1.0, max_side / max(image.size))
+        small = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+        height, width = pixels.shape[2:]
+        stride = self.config["output_stride"]
+        padding = [0, -(width - 1) % stride, 0, -(height - 1) % stride]
+        pixels = F.pad(pixels, padding).to(self.pixel_mean.device)
+        x = self.normalize(pixels, torch.tensor([[height, width]], device=pixels.device))
+        labels = self.scores(x, scales, flip)[0, :, :height, :width].argmax(0).byte().cpu().numpy()
+        if image.size != small.size:
+            labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
+        return labels
 
     def train(self, mode: bool = True) -> "DeepLabv3":
         super().train(mode)
@@ -239,6 +287,17 @@ class DeepLabv3(ResNet):
             if isinstance(module, _BatchNorm):
                 momentum = ASPP_MOMENTUM if name.startswith("aspp.") else TRUNK_MOMENTUM
                 module.momentum = min(1.0, max(momentum, ASPP_MOMENTUM * PAPER_ITERATIONS / max_iter))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB, turned upright by its EXIF orientation, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, whatever Pillow's version calls them
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
@@ -432,3 +491,47 @@ def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
     if unknown:
         raise ModelError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
     model.load_state_dict(state)
+
+
+def init_weights(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
+    """Start from a checkpoint of another number of classes: load all but the classifier, or all where it
+    fits.
+
+    Returns the names that were left out.
+
+    Raises:
+        ModelError: as `load_weights`.
+    """
+    state, ours = dict(checkpoint["state_dict"]), model.state_dict()
+    config = {**read_config(checkpoint, path), "num_classes": model.config["num_classes"]}
+    left_out = [
+        key
+        for key in ("aspp.conv3.weight", "aspp.conv3.bias")
+        if key in state and state[key].shape != ours[key].shape
+    ]
+    state.update({key: ours[key] for key in left_out})
+    load_weights(
+        model,
+        {**checkpoint, "state_dict": state, **({"model": config} if "model" in checkpoint else {})},
+        path,
+    )
+    return left_out
+
+
+def load(path: str, device: torch.device | str = "cpu", output_stride: int | None = None) -> DeepLabv3:
+    """The model of a checkpoint, in eval mode; its `classes` and `palette` are None for a published file.
+
+    `output_stride` overrides the one that it was trained with.
+
+    Raises:
+        ModelError: if the checkpoint cannot be used.
+    """
+    checkpoint = read_checkpoint(path)
+    config = dict(read_config(checkpoint, path))
+    try:
+        model = DeepLabv3(**{**config, "output_stride": output_stride or config.get("output_stride", 16)})
+    except TypeError as error:
+        raise ModelError(f"{path} does not say what model it holds") from error
+    load_weights(model, checkpoint, path)
+    model.classes, model.palette = checkpoint.get("classes"), checkpoint.get("palette")
+    return model.place(device).eval()

@@ -12,23 +12,40 @@ from datetime import timedelta
 from functools import partial
 from glob import glob
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import deeplab
-from datasets import Cityscapes, ListSegmentation, SegmentationDataset, Shapes, TrainBatches, VOCSegmentation
+from datasets import (
+    Cityscapes,
+    ListSegmentation,
+    SegmentationDataset,
+    Shapes,
+    TrainBatches,
+    VOCSegmentation,
+    open_image,
+)
 from deeplab import DeepLabv3, ModelError
 from utils import (
     IGNORE_INDEX,
+    RunLog,
     UserError,
+    add_legend,
     confusion_matrix,
     metrics,
+    overlay,
+    percent,
     poly_lr,
+    sample_sheet,
+    save_image,
     save_json,
     save_mask,
+    table,
     write_whole,
 )
 
@@ -58,6 +75,7 @@ RUN_FLAGS = (
     "freeze_bn",
     "seed",
 )
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,14 +95,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="go on from this checkpoint; `auto` takes the newest of --exp, if any",
     )
+    add(
+        "--init",
+        metavar="PATH",
+        help="start from this checkpoint's weights, but the classifier if classes differ",
+    )
     add("--checkpoint", metavar="PATH", help="evaluate this file instead of the one that the flags name")
+    add("--predict", metavar="PATH", nargs="+", help="segment these images, and those in these folders")
+    add("--out", metavar="DIR", default="data/predictions", help="where --predict writes masks and overlays")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="pascal", help="shapes is embedded and needs no files")
+    add("--data_root", metavar="DIR", help="where the data set lies, if not under data/")
     add(
-        "--data_root",
-        metavar="DIR",
-        help=f"where the data set lies, if not {' or '.join(DATA_ROOTS.values())}",
+        "--split",
+        choices=("train", "val", "test"),
+        default="val",
+        help="part to evaluate; test is for the servers",
     )
     add("--crop_size", type=positive, default=513, help="height and width of the training crops")
     add("--workers", type=int, default=4, help="processes that load images; 0 loads in the main one")
@@ -99,7 +126,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight standardisation of the convs",
     )
     add("--beta", action="store_true", help="three 3x3 convs as the stem instead of one 7x7")
-    add("--output_stride", type=int, choices=(8, 16, 32), default=16, help="input size over feature map size")
+    add(
+        "--output_stride",
+        type=int,
+        choices=(8, 16, 32),
+        help="input size over feature map size; 16 if not given",
+    )
     add("--multi_grid", type=positive, nargs=3, default=[1, 1, 1], help="relative rates in layer4")
     add(
         "--aspp_rates", type=positive, nargs="+", default=[6, 12, 18], help="atrous rates at output stride 16"
@@ -123,9 +155,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--save_every", type=positive, default=10, help="epochs between checkpoints; the last is always saved"
     )
     add("--log_every", type=positive, default=10, help="iterations between looks at the loss")
+    add("--tensorboard", action="store_true", help="write the log and samples for TensorBoard, too")
 
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.add_argument_group("evaluation and prediction").add_argument
     add("--eval_batch_size", type=positive, default=4, help="images in one forward pass")
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="average the scores over these sizes of the image",
+    )
+    add("--flip", action="store_true", help="average them over the mirrored image, too")
+    add("--samples", type=int, default=8, help="rows of samples.png: image, truth, prediction")
+    add("--max_side", type=positive, default=2049, help="--predict shrinks longer images to this")
 
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=int, help="number of the CUDA device, 0 if not given")
@@ -140,25 +183,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--{key}" if value is True else f"--{key} {value}" for key, value in settings.items() if value
         ]
         print(f"shapes has defaults of its own; this run has {' '.join(shown)}")
-    if args.exp is None:
+    if args.predict and not args.checkpoint:
+        parser.error("--predict needs --checkpoint FILE")
+    if args.exp is None and not args.predict:
         parser.error("--exp NAME is needed: it names the checkpoints; to try it out, add --dataset shapes")
-    if os.path.basename(args.exp) != args.exp:
+    if args.exp and os.path.basename(args.exp) != args.exp:
         parser.error(f"--exp {args.exp!r} becomes part of a file's name: leave out the slashes")
-    if args.seed < 0 or args.workers < 0:
-        parser.error("--seed and --workers cannot be negative")
+    if min(args.seed, args.workers, args.samples) < 0:
+        parser.error("--seed, --workers and --samples cannot be negative")
+    if not all(0.1 <= scale <= 4 for scale in args.scales):
+        parser.error("--scales are between 0.1 and 4")
+    if args.resume and args.init:
+        parser.error("--resume goes on with a run and --init begins one: leave one of them out")
     if args.freeze_bn and args.groups:
         parser.error("--freeze_bn has nothing to freeze with --groups")
-    if args.train and args.freeze_bn and args.scratch and not args.resume:
+    if args.train and args.freeze_bn and args.scratch and not (args.resume or args.init):
         parser.error(
             "--freeze_bn with --scratch freezes statistics that were never taken: leave one of them out"
         )
-    if not args.train and args.resume:
-        parser.error("--resume goes with --train; to evaluate a file, use --checkpoint")
-    if args.dataset == "custom" and not args.data_root:
+    if not args.train and (args.resume or args.init):
+        parser.error("--resume and --init go with --train; to evaluate a file, use --checkpoint")
+    if args.dataset == "custom" and not args.data_root and not args.predict:
         parser.error(
             "--dataset custom needs --data_root DIR, with list/train.txt, list/val.txt and classes.txt in DIR"
         )
-    args.data_root = args.data_root or DATA_ROOTS[args.dataset]
+    args.data_root = args.data_root or DATA_ROOTS.get(args.dataset)
     return args
 
 
@@ -197,7 +246,7 @@ def make_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -> 
         num_groups=args.groups or None,
         weight_std=args.weight_std,
         beta=args.beta,
-        output_stride=args.output_stride,
+        output_stride=args.output_stride or 16,
         multi_grid=args.multi_grid,
         aspp_rates=args.aspp_rates,
         image_pooling=not args.no_image_pooling,
@@ -268,7 +317,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError(f"BatchNorm cannot train on batches of one image ({have}): {way_out}")
 
     resume = newest_checkpoint(args) if args.resume == "auto" else args.resume
-    model = make_model(args, len(dataset.classes), pretrained=not (args.scratch or resume))
+    model = make_model(args, len(dataset.classes), pretrained=not (args.scratch or resume or args.init))
+    if args.init:
+        left_out = deeplab.init_weights(model, deeplab.read_checkpoint(args.init), args.init)
+        print(f"starts from {args.init}{', but for ' * bool(left_out)}{' and '.join(left_out)}")
     model.fit_bn_momentum(batches.max_iter)
     if args.freeze_bn:
         model.freeze_bn()
@@ -280,11 +332,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         batches.start = load_progress(checkpoint, optimizer, batches, args, resume)
         print(f"resumed from {resume}: iteration {batches.start} of {batches.max_iter}")
 
+    log = RunLog(args.exp, batches.start, args.tensorboard)
     loader = make_loader(dataset, batches, args, device)
     bar = tqdm(
         loader, total=batches.max_iter, initial=batches.start, unit="it", disable=None, dynamic_ncols=True
     )
-    mean_iou = "not validated yet"
+    mean_iou = None
     loss_sum, log_start, log_time = torch.zeros((), device=device), batches.start, time.perf_counter()
     model.train()
     for iteration, (images, masks, sizes) in enumerate(bar, batches.start):
@@ -307,26 +360,26 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     "the last checkpoint is from before that"
                 )
             rate = (done - log_start) * args.batch_size / (time.perf_counter() - log_time)
-            status = f"loss {loss_mean:.4f}, lr {lr:.2g}, {rate:.1f} img/s, mean IoU {mean_iou}"
+            epoch = iteration // batches.per_epoch + 1
+            row = {"epoch": epoch, "iteration": done, "lr": lr, "loss": loss_mean, "images_per_second": rate}
+            status = f"loss {loss_mean:.4f}, lr {lr:.2g}, {rate:.1f} img/s, mean IoU {percent(mean_iou)}"
             bar.set_postfix_str(status)
             if bar.disable:
                 left = timedelta(seconds=round((batches.max_iter - done) * args.batch_size / rate))
-                epoch = iteration // batches.per_epoch + 1
-                print(
-                    f"epoch {epoch}/{args.epochs}, iteration {done}/{batches.max_iter}, {status}, {left} left"
-                )
+                progress = f"epoch {epoch}/{args.epochs}, iteration {done}/{batches.max_iter}"
+                print(f"{progress}, {status}, {left} left", flush=True)
+            if epoch_ends and (epoch % args.save_every == 0 or epoch == args.epochs):
+                path = checkpoint_path(args, epoch)
+                save_checkpoint(path, model, optimizer, epoch, done, args, dataset)
+                result = evaluate(model, validation, args, device)
+                mean_iou = row["val_mean_iou"] = result["mean_iou"]
+                log.show(result["samples"], done)
+                bar.write(f"epoch {epoch}: saved {path}, mean IoU {percent(mean_iou)}")
+                model.train()
+            log.write(row)
             loss_sum.zero_()
             log_start, log_time = done, time.perf_counter()
-
-        epoch = done // batches.per_epoch
-        if epoch_ends and (epoch % args.save_every == 0 or epoch == args.epochs):
-            path = checkpoint_path(args, epoch)
-            save_checkpoint(path, model, optimizer, epoch, done, args, dataset)
-            result = evaluate(model, validation, args, device)
-            mean_iou = percent(result["mean_iou"])
-            bar.write(f"epoch {epoch}: saved {path}, mean IoU {mean_iou}")
-            model.train()
-            log_time = time.perf_counter()
+    log.close()
 
 
 def save_checkpoint(path, model, optimizer, epoch, iteration, args, dataset) -> None:
@@ -373,67 +426,136 @@ def evaluate(
 ) -> dict:
     """Predict a whole data set and compare it with the truth.
 
-    Returns the measures of `utils.metrics` and the `confusion` matrix; writes the predictions as palette PNGs
-    of the images' own sizes to `folder`, if given.
+    Returns the measures of `utils.metrics`, the `confusion` matrix, and a picture of some `samples`. Writes
+    the predictions as PNGs of the images' own sizes to `folder`, if given: with the palette, or as the test
+    server wants them.
     """
     model.eval()
     batches = dataset.eval_batches(args.eval_batch_size)
     loader = make_loader(dataset, batches, args, device)
     confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.int64, device=device)
+    wanted = set(np.linspace(0, len(dataset) - 1, min(args.samples, len(dataset))).astype(int).tolist())
+    samples = {}
     bar = tqdm(
         total=len(dataset), desc="evaluating", unit="img", disable=None, leave=False, dynamic_ncols=True
     )
     with ThreadPoolExecutor() as writers, bar:
         writing = []
         for indices, (images, masks, sizes) in zip(batches, loader, strict=True):
-            images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
-            predictions = model(model.normalize(images, sizes)).argmax(1)
+            x = model.normalize(images.to(device, non_blocking=True), sizes.to(device, non_blocking=True))
+            predictions = model.scores(x, args.scales, args.flip).argmax(1).byte()
             confusion += confusion_matrix(
                 predictions, masks.to(device, non_blocking=True), len(dataset.classes)
             )
-            if folder:
-                for future in writing:
-                    future.result()  # raises what went wrong; and never more than a batch waits to be written
-                cut = zip(indices, predictions.byte().cpu().numpy(), sizes.tolist(), strict=True)
-                writing = [
-                    writers.submit(
-                        save_mask, f"{folder}/{dataset.name(i)}.png", mask[:h, :w], dataset.palette
+            for future in writing:
+                future.result()  # raises what went wrong; and never more than a batch waits to be written
+            writing = []
+            for i, (index, prediction) in enumerate(zip(indices, predictions.cpu().numpy(), strict=True)):
+                h, w = sizes[i].tolist()
+                labels = prediction[:h, :w]
+                if index in wanted:
+                    image = Image.fromarray(images[i, :, :h, :w].permute(1, 2, 0).numpy())
+                    samples[index] = (image, masks[i, :h, :w].numpy(), labels)
+                if folder:
+                    writing.append(
+                        writers.submit(save_prediction, folder, dataset, index, labels, args.split)
                     )
-                    for i, mask, (h, w) in cut
-                ]
             bar.update(len(indices))
         for future in writing:
             future.result()
-    return {**metrics(confusion), "confusion": confusion.tolist()}
+    sheet = sample_sheet([samples[i] for i in sorted(samples)], dataset.classes, dataset.palette)
+    return {**metrics(confusion), "confusion": confusion.tolist(), "samples": sheet}
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
+def save_prediction(
+    folder: str, dataset: SegmentationDataset, index: int, labels: np.ndarray, split: str
+) -> None:
+    """Write a palette PNG, for the split test where the server looks for it; Cityscapes' wants its own
+    labels."""
+    name = dataset.result_name(index) if split == "test" else dataset.name(index)
+    if split == "test" and dataset.label_ids is not None:
+        save_image(f"{folder}/{name}.png", Image.fromarray(dataset.label_ids[labels]))
+    else:
+        save_mask(f"{folder}/{name}.png", labels, dataset.palette)
 
 
 def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     """The command without --train: load the checkpoint, evaluate, print, write pictures and metrics.json."""
     path = args.checkpoint or checkpoint_path(args, args.epochs)
-    dataset = DATASETS[args.dataset](args.data_root, train=False)
     checkpoint = deeplab.read_checkpoint(path)
+    dataset = DATASETS[args.dataset](args.data_root, train=False, split=args.split)
     model = make_model(args, len(dataset.classes), pretrained=False)
     deeplab.load_weights(model, checkpoint, path)
     model.place(device)
-    folder = os.path.join("data", "val", os.path.splitext(os.path.basename(path))[0])
+    folder = os.path.join("data", args.split, os.path.splitext(os.path.basename(path))[0])
     result = evaluate(model, dataset, args, device, folder)
+    if args.split == "test":
+        print(f"the predictions for the test server are in {folder}/results")
+        return
     iou = dict(zip(dataset.classes, result["iou"], strict=True))
+    print(table(dataset.classes, result))
     for name, value in iou.items():
         print(f"IoU {name}: {percent(value)}")
     print(f"Mean IoU: {percent(result['mean_iou'])}")
+    save_image(f"{folder}/samples.png", result.pop("samples"))
     save_json(f"{folder}/metrics.json", {**result, "iou": iou, "checkpoint": path, "flags": vars(args)})
-    print(f"predictions and metrics.json are in {folder}")
+    print(f"predictions, samples.png and metrics.json are in {folder}")
+
+
+def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
+    """The command with --predict: a palette mask and an overlay for each image. Returns how many failed."""
+    checkpoint = deeplab.read_checkpoint(args.checkpoint)
+    if "model" in checkpoint:
+        model = deeplab.load(args.checkpoint, device, args.output_stride)
+    else:  # a published file says nothing beyond its weights
+        dataset = DATASETS[args.dataset]
+        model = make_model(args, len(dataset.classes), pretrained=False)
+        deeplab.load_weights(model, checkpoint, args.checkpoint)
+        model.classes, model.palette = dataset.classes, dataset.palette
+        model.place(device).eval()
+
+    paths = []
+    for path in args.predict:
+        if os.path.isdir(path):
+            names = sorted(os.listdir(path))
+            paths += [os.path.join(path, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_ENDINGS]
+        else:
+            paths.append(path)
+    if not paths:
+        raise UserError(
+            f"no images in {', '.join(args.predict)}: --predict takes image files, and folders of them"
+        )
+    failed, taken = 0, set()
+    for path in tqdm(paths, desc="predicting", unit="img", disable=None):
+        try:
+            image = deeplab.to_rgb(open_image(path))
+        except UserError as error:
+            print(f"main.py: error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        labels = model.predict(image, args.scales, args.flip, args.max_side)
+        stem = os.path.splitext(os.path.basename(path))[0]
+        while stem in taken:  # images of one name, from several folders or in several formats
+            stem += "_"
+        taken.add(stem)
+        save_mask(f"{args.out}/{stem}_mask.png", labels, model.palette)
+        picture = overlay(image, labels, model.palette)
+        picture = add_legend(picture, np.unique(labels), model.classes, model.palette)
+        save_image(f"{args.out}/{stem}_overlay.jpg", picture)
+    print(f"{len(paths) - failed} of {len(paths)} images: masks and overlays are in {args.out}")
+    return failed
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         device = pick_device(args)
-        (train if args.train else run_evaluation)(args, device)
+        if args.train:
+            train(args, device)
+        elif args.predict:
+            sys.exit(run_prediction(args, device) > 0)
+        else:
+            run_evaluation(args, device)
     except (UserError, ModelError) as error:
         # An error of a loader's worker arrives with the worker's traceback; the message is its last line.
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")

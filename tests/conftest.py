@@ -21,6 +21,7 @@ spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weight
 weights = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(weights)
 
+SMALL = ["--backbone", "resnet50", "--scratch", "--crop_size", 33, "--batch_size", 4, "--workers", 0]
 NORMS = {"bn": {}, "gn_ws": {"num_groups": 32, "weight_std": True}, "beta": {"beta": True}}
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, golden_state, make_list_dataset, needs_shared
+from conftest import SHARED, SMALL, golden_state, make_list_dataset, needs_shared
 from PIL import Image
 
 import deeplab
 import main
 
 MAIN = Path(main.__file__)
-SMALL = ["--backbone", "resnet50", "--scratch", "--crop_size", 33, "--batch_size", 4, "--workers", 0]
 
 
 @pytest.fixture
