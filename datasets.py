@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from utils import IGNORE_INDEX, Palette, UserError, save_mask, voc_palette
+from utils import IGNORE_INDEX, Palette, UserError, save_mask, voc_palette, write_whole
 
 VOC_CLASSES = [
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -322,6 +322,34 @@ def read_list(root: str, split: str, remedy: str) -> list[tuple[str, str]]:
                 raise UserError(f"{path}:{number} names {name}, which is not there")
         pairs.append(pair)
     return pairs
+
+
+def make_voc_lists(root: str) -> None:
+    """Write `root`/VOC2012/list/val.txt and train_aug.txt from what is there: the validation images of VOC
+    2012, and every other mask of SegmentationClassAug (10,582 of them).
+
+    Raises:
+        UserError: if the masks or VOC's own list are missing.
+    """
+    folder = os.path.join(root, "VOC2012")
+    path = os.path.join(folder, "ImageSets", "Segmentation", "val.txt")
+    masks = os.path.join(folder, "SegmentationClassAug")
+    try:
+        with open(path, encoding="utf-8") as file:
+            val = file.read().split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "not text")
+        raise UserError(
+            f"cannot read {path} ({reason}): it is part of VOCtrainval_11-May-2012.tar"
+        ) from error
+    train = sorted({name.removesuffix(".png") for name in glob("*.png", root_dir=masks)} - set(val))
+    if not val or not train:
+        raise UserError(f"no lists can be made from {masks} and {path}: one of them holds too little")
+    for split, names in (("val", val), ("train_aug", train)):
+        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
+        write_whole(
+            os.path.join(folder, "list", f"{split}.txt"), lambda file, text=lines: file.write(text.encode())
+        )
 
 
 def read_classes(path: str) -> tuple[list[str], Palette]:

@@ -28,16 +28,20 @@ from datasets import (
     Shapes,
     TrainBatches,
     VOCSegmentation,
+    make_voc_lists,
     open_image,
 )
 from deeplab import DeepLabv3, ModelError
 from utils import (
+    DOWNLOADS,
     IGNORE_INDEX,
     RunLog,
     UserError,
     add_legend,
     confusion_matrix,
+    download,
     metrics,
+    mirrored,
     overlay,
     percent,
     poly_lr,
@@ -103,6 +107,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", metavar="PATH", help="evaluate this file instead of the one that the flags name")
     add("--predict", metavar="PATH", nargs="+", help="segment these images, and those in these folders")
     add("--out", metavar="DIR", default="data/predictions", help="where --predict writes masks and overlays")
+    add(
+        "--download",
+        nargs="+",
+        choices=DOWNLOADS,
+        metavar="NAME",
+        help=f"fetch to data/: {', '.join(DOWNLOADS)}",
+    )
+    add(
+        "--url",
+        help="where to --download one NAME from instead: a folder with its files under their own names, or "
+        "one of these files",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="pascal", help="shapes is embedded and needs no files")
@@ -175,6 +191,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda, cuda:1, mps or cpu instead of the best there is")
 
     args = parser.parse_args(argv)
+    if args.url and len(args.download or ()) != 1:
+        parser.error("--url replaces the address of one --download NAME: give one NAME with it")
+    if args.url and not args.url.lower().startswith(("http://", "https://")):
+        parser.error(
+            f"--url {args.url!r} does not begin with http:// or https://; a file at hand goes to data/"
+        )
+    if args.download and args.train:
+        parser.error("--download only fetches: give --train to a second command")
+    if args.download:
+        return args
     if args.dataset == "shapes":
         parser.set_defaults(**SHAPES_DEFAULTS)
         args = parser.parse_args(argv)
@@ -546,9 +572,24 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
     return failed
 
 
+def run_download(args: argparse.Namespace) -> None:
+    """The command with --download."""
+    for name in args.download:
+        for file, url in mirrored(DOWNLOADS[name], args.url):
+            try:
+                download(file, url)
+            except UserError as error:
+                if file.name != "list.zip":
+                    raise
+                print(f"{error}; without it, the lists are made from the masks")
+                make_voc_lists(DATA_ROOTS["pascal"])
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.download:
+            return run_download(args)
         device = pick_device(args)
         if args.train:
             train(args, device)

@@ -1,22 +1,84 @@
-"""Measures, schedule, files, pictures: what the loops of main.py and the data sets share."""
+"""Measures, schedule, files, pictures, the log, downloads: what main.py and the data sets share."""
 
 import csv
+import hashlib
 import json
 import os
+import re
+import shutil
+import stat
+import tarfile
+import time
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from http.client import HTTPException
+from typing import BinaryIO, NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from tqdm import tqdm
 
 IGNORE_INDEX = 255
 Palette = Sequence[Sequence[int]]  # (r, g, b) in 0..255 for each class
+TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # of a download: requests, seconds between them, seconds of silence
 
 
 class UserError(Exception):
     """Something that the user can mend; the message is one line that says what and how."""
+
+
+class Download(NamedTuple):
+    """A file to fetch to `data/`, and, for an archive, where it unpacks."""
+
+    url: str
+    digest: str | None = None  # algorithm:hex, or the start of it
+    top: str = ""  # the folder in the archive whose contents go to `folder`
+    folder: str | None = None
+    key: str = ""  # once this is in `folder`, the archive is unpacked
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.url)
+
+    @property
+    def path(self) -> str:
+        return os.path.join("data", self.name)
+
+
+VOC2012 = "data/VOCdevkit/VOC2012"
+# The names of --download.
+DOWNLOADS = {
+    "pascal": [
+        Download(
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            digest="md5:6cd6e144f989b92b3379bac3b3de84fd",
+            top="VOCdevkit/VOC2012",
+            folder=VOC2012,
+            key="JPEGImages",
+        ),
+        Download(
+            "http://cs.jhu.edu/~cxliu/data/SegmentationClassAug.zip",
+            folder=VOC2012,
+            key="SegmentationClassAug",
+        ),
+        Download("http://cs.jhu.edu/~cxliu/data/list.zip", folder=VOC2012, key="list/train_aug.txt"),
+    ],
+    "resnet101": [
+        Download("https://download.pytorch.org/models/resnet101-63fe2227.pth", digest="sha256:63fe2227")
+    ],
+    "gn_ws_imagenet": [Download("https://cs.jhu.edu/~syqiao/WeightStandardization/R-101-GN-WS.pth.tar")],
+    "bn_pascal": [
+        Download("https://cs.jhu.edu/~cxliu/data/deeplab_resnet101_pascal_v3_bn_lr7e-3_epoch50.pth")
+    ],
+    "gn_ws_pascal": [
+        Download("https://cs.jhu.edu/~cxliu/data/deeplab_resnet101_pascal_v3_gn_ws_lr7e-3_epoch50.pth")
+    ],
+}
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -240,3 +302,229 @@ class RunLog:
         self.file.close()
         if self.board:
             self.board.close()
+
+
+def mirrored(files: Sequence[Download], mirror: str | None) -> list[tuple[Download, str]]:
+    """Each file with the address to fetch it from.
+
+    `mirror` is the address of one of the files, which then replaces that file's own, or else of a folder that
+    holds all of them under their own names.
+    """
+    if mirror is None:
+        return [(file, file.url) for file in files]
+    named = os.path.basename(re.split("[?#]", mirror)[0])
+    if named in [file.name for file in files]:
+        return [(file, mirror if file.name == named else file.url) for file in files]
+    return [(file, f"{mirror.rstrip('/')}/{file.name}") for file in files]
+
+
+def download(file: Download, url: str) -> None:
+    """Fetch a file from `url` and unpack it if it is an archive; what is there already is left alone.
+
+    Raises:
+        UserError: if it cannot be had or unpacked.
+    """
+    key = os.path.join(file.folder, file.key) if file.folder else file.path
+    if os.path.exists(key):
+        print(f"{key} is there already")
+        return
+    if os.path.exists(file.path):
+        print(f"{file.path} is there already")
+    else:
+        fetch(url, file.path, file.digest)
+    if file.folder:
+        print(f"unpacking {file.path} in {file.folder}")
+        unpack(file)
+
+
+def fetch(url: str, path: str, digest: str | None = None) -> None:
+    """Download a file that appears at `path` only when it is whole.
+
+    What has come is kept in `path`.part: after a cut, or a kill, the download goes on from there.
+
+    Raises:
+        UserError: if the file cannot be had, or does not have the `digest` (algorithm:hex, or the start of
+        it).
+    """
+    # Not torch.hub.download_url_to_file: that starts anew after a cut, which 2 GB may never survive.
+    part, size, total = f"{path}.part", 0, None
+    print(f"downloading {url} to {path}")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(PAUSE)
+            size, announced = receive(url, part)
+            if total is not None and announced not in (None, total):
+                os.remove(part)
+                raise OSError(f"the server says that it has {total} bytes, then {announced}")
+            total = announced if total is None else total
+            if size == total:
+                break
+        else:
+            raise OSError(f"cut {TRIES} times, now at {size} bytes; the same command goes on from there")
+        if digest:
+            algorithm, expected = digest.split(":")
+            found = file_hash(part, algorithm)
+            if not found.startswith(expected):
+                os.remove(part)
+                raise OSError(f"deleted, as its {algorithm} is {found}, not {expected}")
+        os.replace(part, path)
+    except (OSError, HTTPException, ValueError) as error:
+        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+        reason = " ".join(str(getattr(reason, "strerror", None) or reason).split()) or type(error).__name__
+        raise UserError(
+            f"cannot download {url} ({reason}): put that file at {path} by hand, or name a mirror by --url"
+        ) from error
+
+
+def receive(url: str, part: str) -> tuple[int, int | None]:
+    """One request for what the file `part` lacks, which is appended to it, or replaces it if the server sends
+    the whole.
+
+    Returns:
+        the size of `part` now, and the size of the whole, None if the server does not say; they are equal
+        when there is nothing left to fetch.
+
+    Raises:
+        OSError, HTTPException, ValueError: if there is no use in trying again.
+    """
+    start = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {"User-Agent": "deeplab"}  # some hosts turn Python's away
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code != 416 or not start:
+            raise
+        # Nothing comes after `start`: `part` is whole, or it is of another file.
+        if error.headers["Content-Range"] == f"bytes */{start}":
+            return start, start
+        os.remove(part)
+        return 0, None
+
+    with response:
+        headers = response.headers
+        if headers.get_content_type() == "text/html":
+            raise OSError("a web page comes instead of the file")
+        total = None
+        if response.status == 206:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers["Content-Range"] or "")
+            if not start:
+                raise OSError("the server sends a part, asked for the whole")
+            if not span or int(span[1]) != start:
+                os.remove(part)
+                return 0, None
+            total = int(span[2])
+        else:
+            start = 0
+        end = start + int(headers["Content-Length"]) if headers["Content-Length"] else None
+        total = end if total is None else total
+        if total is None and not response.chunked:
+            raise OSError("the server does not say how long it is")
+        if end is not None and end > total:
+            raise OSError(f"the server says that it has {total} bytes, but sends {end}")
+
+        # Read to the end of the connection, past Content-Length: more than was announced is wrong, too.
+        response.length = None
+        size, cut = start, False
+        with (
+            open(part, "ab" if start else "wb") as file,
+            tqdm(
+                total=total, initial=start, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
+            ) as bar,
+        ):
+            while end is None or size <= end:
+                try:
+                    block = response.read1(1 << 20)
+                except (OSError, HTTPException):
+                    cut = True
+                    break
+                if not block:
+                    break
+                file.write(block)
+                size += len(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    limit = total if end is None else end
+    if limit is not None and size > limit:
+        os.remove(part)
+        raise OSError(f"the server sends more than the {limit} bytes that it announces")
+    return size, size if total is None and not cut else total
+
+
+def file_hash(path: str, algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unpack(file: Download) -> None:
+    """Unpack a tar or zip archive; `file.key` appears last, and only when everything is there.
+
+    Raises:
+        UserError: if the archive is damaged or not the right one, a member would leave the folder or is no
+        plain file (nothing is unpacked then), or the disk is full.
+    """
+    temporary = os.path.join(file.folder, f"{file.name}.tmp")  # inside, so that moving is only renaming
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        if file.name.endswith(".zip"):
+            with zipfile.ZipFile(file.path) as archive:
+                for info in archive.infolist():
+                    kind = stat.S_IFMT(info.external_attr >> 16)
+                    check_member(file, info.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                archive.extractall(temporary)
+        else:
+            with tarfile.open(file.path, "r:") as archive:
+                for member in archive.getmembers():
+                    check_member(file, member.name, member.isreg() or member.isdir())
+                # Without links there is no way out of the folder, so a Python that is too old to have the
+                # filter is as safe.
+                archive.extractall(
+                    temporary, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+                )
+        source = os.path.join(temporary, file.top)
+        if not os.path.exists(os.path.join(source, file.key)):
+            missing = os.path.join(file.top, file.key)
+            raise UserError(f"{file.path} holds no {missing}: remove it, and name a mirror by --url")
+        merge(source, file.folder, file.key)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file.path} is damaged ({reason}): remove it and run the command again") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot unpack {file.path} in {file.folder}: {error.strerror or error}; mend that and run again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_member(file: Download, name: str, is_plain: bool) -> None:
+    """Refuse an archive's member that could write outside the folder.
+
+    Raises:
+        UserError: if it is absolute, climbs by `..`, or is a link or device.
+    """
+    steps = re.split(r"[/\\]", name)
+    if not is_plain or not steps[0] or ":" in steps[0] or ".." in steps:
+        what = "would leave the folder" if is_plain else "is a link or a device"
+        raise UserError(
+            f"{file.path} is refused, as {name!r} in it {what}: remove it, and name a mirror by --url"
+        )
+
+
+def merge(source: str, target: str, last: str) -> None:
+    """Move what `target` does not have from `source` to it, and the path `last` after all else."""
+    last, _, rest = last.partition("/")
+    for name in sorted(os.listdir(source), key=lambda name: name == last):
+        old, new = os.path.join(source, name), os.path.join(target, name)
+        if os.path.isdir(old) and os.path.isdir(new):
+            merge(old, new, rest if name == last else "")
+        elif not os.path.lexists(new):
+            os.rename(old, new)
