@@ -4,6 +4,7 @@ Reads from layer to model: weight-standardised convolution, ASPP, DeepLabv3, the
 start, checkpoints. The parameter names are those of the published checkpoints.
 """
 
+import copy
 import os
 import pickle
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, ResNet152_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -273,6 +275,29 @@ class DeepLabv3(ResNet):
             if isinstance(module, _BatchNorm):
                 module.requires_grad_(False)
         self.train(self.training)
+
+    def fuse(self) -> "DeepLabv3":
+        """A copy for inference alone: the same logits but for rounding, in about 3/4 of the time.
+
+        BatchNorm is folded into the conv before it, weights are standardised once and for all, and nothing
+        has a gradient. The copy has no more part in the model's training, nor fits its checkpoints; the model
+        itself stays as it is.
+        """
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        for conv in convs:
+            if isinstance(conv, WSConv2d):
+                conv.weight = nn.Parameter(conv.standardized_weight(), requires_grad=False)
+                conv.__class__ = nn.Conv2d
+        # Convs and norms stand in the same order. No norm follows the first two convs of the stem of --beta,
+        # nor the classifier, which comes last.
+        norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+        for conv, (name, bn) in zip(convs[2 * self.config["beta"] :], norms, strict=False):
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
+            model.set_submodule(name, nn.Identity())
+        return model
 
     def fit_bn_momentum(self, max_iter: int) -> None:
         """Fit the memory of BatchNorm's running statistics to a run of `max_iter` iterations.

@@ -21,11 +21,41 @@ def test_golden_keys_and_logits(kind):
     assert list(state) == list(golden_keys(kind))  # the order, too: optimizer states go by it
 
     model.load_state_dict(golden_state(kind))
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(weights.image(97, 129, 0)))[0].numpy()
     golden = np.load(GOLDEN / f"logits_{kind}.npz")
-    assert np.abs(logits[:, ::4, ::4] - golden["logits"]).max() <= 1e-3 * golden["logits"].std()
-    assert (logits.argmax(0) == golden["argmax"]).mean() >= 0.999
+    fused = model.fuse()
+    assert not any(isinstance(m, (torch.nn.BatchNorm2d, deeplab.WSConv2d)) for m in fused.modules())
+    for network in (model, fused, fused.place("cpu")):
+        with torch.inference_mode():
+            logits = network(torch.from_numpy(weights.image(97, 129, 0)))[0].numpy()
+        assert np.abs(logits[:, ::4, ::4] - golden["logits"]).max() <= 1e-3 * golden["logits"].std()
+        assert (logits.argmax(0) == golden["argmax"]).mean() >= 0.999
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_fusing_leaves_the_model_to_its_training(kind):
+    model = deeplab.resnet50(False, **NORMS[kind]).place("cpu").train()
+    if kind == "bn":
+        model.freeze_bn()
+    modes = [module.training for module in model.modules()]
+    main.train_step(
+        model, main.make_optimizer(model), torch.randn(2, 3, 33, 33), torch.zeros(2, 33, 33).byte()
+    )
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    types = [type(module) for module in model.modules()]
+
+    fused = model.fuse()
+    assert fused.config == model.config and fused.memory_format == model.memory_format
+    assert not fused.training and not any(p.requires_grad for p in fused.parameters())
+    with torch.no_grad():
+        for p in fused.parameters():
+            p.zero_()  # no memory is shared
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert [type(module) for module in model.modules()] == types
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert p.requires_grad is (gradient is not None)
+        assert gradient is None or torch.equal(p.grad, gradient)
 
 
 @pytest.mark.parametrize("kind", ["bn", "gn_ws"])
