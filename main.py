@@ -462,8 +462,11 @@ def evaluate(
     server wants them.
     """
     model = model.fuse()
-    if args.compile:  # for each shape anew: there are few, and code for a known one is faster
-        model.compile(dynamic=False, options={"freezing": True})
+    if args.compile:
+        from torch._inductor import config  # takes seconds, so only where it is of use
+
+        config.freezing = True  # the weights are constants, packed once as the convs want them
+        model.compile(dynamic=False)  # for each shape anew: there are few
     batches = dataset.eval_batches(args.eval_batch_size)
     loader = make_loader(dataset, batches, args, device)
     confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.int64, device=device)

@@ -69,6 +69,18 @@ def test_train_evaluate_and_the_files_they_write(cli, small, tmp_path):
     assert result["confusion"] == confusion.tolist()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_code_evaluates_alike(cli, small, tmp_path):
+    torch.manual_seed(0)
+    torch.save({"state_dict": deeplab.resnet50(False, 3).state_dict()}, tmp_path / "x.pth")
+    counts = []
+    for flags in ([], ["--compile"]):
+        assert cli("--exp", "x", "--checkpoint", "x.pth", *small, *flags)[0] == 0
+        counts.append(json.loads((tmp_path / "data/val/x/metrics.json").read_text())["confusion"])
+    plain, compiled = np.array(counts)
+    assert np.abs(plain - compiled).sum() <= 1e-3 * plain.sum()
+
+
 def test_class_that_appears_nowhere_is_left_out(cli, tmp_path):
     root = make_list_dataset(tmp_path / "set", classes=("a", "b", "c", "nowhere"))
     model = deeplab.resnet50(False, 4)
