@@ -1,0 +1,244 @@
+"""How fast this is, beside the plain way of doing the same: `python tests/benchmark.py [--device cuda]`.
+
+Prints one markdown table. The two of a pair take turns, so that a busy machine slows both; shown are medians,
+of the ratio too. It needs no files: the photos are drawn here.
+"""
+
+import argparse
+import copy
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_resnet101
+
+import deeplab
+import main
+from datasets import VOC_CLASSES, SegmentationDataset, random_crop
+from utils import confusion_matrix, voc_palette
+
+SIZE = 513  # of crops and of padded images
+GFLOP = 142  # of a forward pass of resnet101 at that size
+MEAN, STD = 255 * torch.tensor(deeplab.MEAN).view(3, 1, 1), 255 * torch.tensor(deeplab.STD).view(3, 1, 1)
+
+
+def draw_photos(folder: str, count: int) -> SegmentationDataset:
+    """Photos of VOC's size, smooth with some noise, and masks of 21 classes."""
+    rng, pairs = np.random.RandomState(0), []
+    for i in range(count):
+        ground = rng.randint(0, 256, (12, 16, 3)).astype(np.uint8)
+        photo = np.array(Image.fromarray(ground).resize((500, 375), Image.Resampling.BICUBIC))
+        photo = (photo + rng.normal(0, 6, photo.shape)).clip(0, 255).astype(np.uint8)
+        mask = np.where(photo[..., 0] // 12 > 20, 255, photo[..., 0] // 12).astype(np.uint8)
+        pairs.append((f"{folder}/{i}.jpg", f"{folder}/{i}.png"))
+        Image.fromarray(photo).save(pairs[-1][0], quality=90)
+        Image.fromarray(mask).save(pairs[-1][1])
+    return SegmentationDataset(pairs, VOC_CLASSES, voc_palette(21), False, SIZE, eval_size=(SIZE, SIZE))
+
+
+def compare(ours: Callable, baseline: Callable, rounds: int, sync: Callable) -> tuple[float, float, float]:
+    """Median seconds of each, taking turns after one round to warm up, and the median of their ratios."""
+    times = []
+    for _ in range(rounds + 1):
+        marks = [time.perf_counter()]
+        for run in (ours, baseline):
+            run()
+            sync()
+            marks.append(time.perf_counter())
+        times.append((marks[1] - marks[0], marks[2] - marks[1]))
+    times = times[1:]
+    return *(median(column) for column in zip(*times, strict=True)), median(b / a for a, b in times)
+
+
+def plain_sample(image_path: str, mask_path: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A training sample: the whole photo is flipped, scaled, normalised and padded, then cropped."""
+    image, mask = Image.open(image_path).convert("RGB"), Image.open(mask_path)
+    if rng.random() < 0.5:
+        flip = Image.Transpose.FLIP_LEFT_RIGHT
+        image, mask = image.transpose(flip), mask.transpose(flip)
+    scale = 2 ** rng.uniform(-1, 1)
+    size = [round(side * scale) for side in image.size]
+    image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    image, mask = (image - MEAN) / STD, torch.from_numpy(np.array(mask)).long()
+    padding = [0, max(0, SIZE - size[0]), 0, max(0, SIZE - size[1])]
+    image, mask = F.pad(image, padding), F.pad(mask, padding, value=255)
+    top, left = (int(rng.integers(side - SIZE + 1)) for side in mask.shape)
+    return image[:, top : top + SIZE, left : left + SIZE], mask[top : top + SIZE, left : left + SIZE]
+
+
+def plain_counts(prediction: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    """Intersection, prediction and truth per class, by three histograms."""
+    prediction, mask = np.where(mask == 255, 0, prediction + 1), np.where(mask == 255, 0, mask + 1)
+    hits = np.where(prediction == mask, prediction, 0)
+    return [np.histogram(labels, bins=21, range=(1, 21))[0] for labels in (hits, prediction, mask)]
+
+
+@torch.inference_mode()
+def plain_evaluate(model: nn.Module, dataset: SegmentationDataset, device: torch.device) -> np.ndarray:
+    """One image at a time, in one process."""
+    counts = 0
+    for image_path, mask_path in dataset.pairs:
+        image = torch.from_numpy(np.array(Image.open(image_path))).permute(2, 0, 1).float()
+        mask = torch.from_numpy(np.array(Image.open(mask_path))).long()
+        padding = [0, SIZE - image.shape[2], 0, SIZE - image.shape[1]]
+        x = F.pad((image - MEAN) / STD, padding)[None].to(device)
+        prediction = model(x).argmax(1)[0].cpu().numpy()
+        counts = counts + np.array(plain_counts(prediction, F.pad(mask, padding, value=255).numpy()))
+    return counts
+
+
+def input_rows(dataset: SegmentationDataset) -> list[tuple]:
+    rng = np.random.default_rng(0)
+
+    def ours():
+        for i in range(len(dataset)):
+            random_crop(*dataset.read(i), SIZE, rng)
+
+    def plain():
+        for pair in dataset.pairs:
+            plain_sample(*pair, rng)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker of the loader
+    a, b, ratio = compare(ours, plain, 7, lambda: None)
+    torch.set_num_threads(threads)
+    n = len(dataset)
+    return [("training samples per core", f"{n / a:.0f} /s", f"{n / b:.0f} /s", ratio)]
+
+
+@torch.inference_mode()
+def forward_rows(device: torch.device, sync: Callable, rounds: int) -> list[tuple]:
+    plain = deeplab.resnet101(False).eval().to(device)
+    fused, compiled = plain.fuse().place(device), plain.fuse().place(device)
+    torch._inductor.config.freezing = True
+    compiled.compile(dynamic=False)
+    peer = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=21).eval().to(device)
+    x = torch.randn(1, 3, SIZE, SIZE, device=device)
+    xl = x.contiguous(memory_format=fused.memory_format)
+
+    # A large conv tells the machine's limit: the matmul of MKL is slower than it on some processors.
+    width = 512 if device.type == "cpu" else 2048
+    conv, y, seconds = (
+        nn.Conv2d(width, width, 3, device=device),
+        torch.randn(1, width, 66, 66, device=device),
+        [],
+    )
+    for _ in range(8):
+        start = time.perf_counter()
+        conv(y)
+        sync()
+        seconds.append(time.perf_counter() - start)
+    limit = 2 * 9 * (width * 64) ** 2 / min(seconds) / 1e9
+
+    rows = []
+    for what, ours, baseline in (
+        ("forward, fused", fused, plain),
+        ("forward, fused and compiled", compiled, plain),
+        ("forward, fused; torchvision's (stride 8)", fused, peer),
+    ):
+        a, b, ratio = compare(partial(ours, xl), partial(baseline, x), rounds, sync)
+        if "torchvision" not in what:
+            what += f"; {GFLOP / a / limit:.0%} of a large conv's {limit:,.0f} GFLOP/s"
+        rows.append((what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
+    return rows
+
+
+def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
+    """Ours has channels_last, on a GPU also bfloat16."""
+    cuda = device.type == "cuda"
+    backbone, crop, batch = ("resnet101", SIZE, 16) if cuda else ("resnet50", 129, 4)
+
+    def stepper(channels_last: bool) -> Callable:
+        model = deeplab.build(backbone, False).train().to(device)
+        model = model.place(device) if channels_last else model
+        optimizer = main.make_optimizer(model)
+        images = torch.randn(batch, 3, crop, crop, device=device).contiguous(
+            memory_format=model.memory_format
+        )
+        masks = torch.randint(0, 21, (batch, crop, crop), device=device).byte()
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda and channels_last):
+                main.train_step(model, optimizer, images, masks)
+
+        return step
+
+    a, b, ratio = compare(stepper(True), stepper(False), 5, sync)
+    what = f"training step, {backbone}, {batch} crops of {crop}{', bfloat16' if cuda else ''}"
+    return [(what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio)]
+
+
+def evaluation_rows(dataset: SegmentationDataset, device: torch.device, sync: Callable) -> list[tuple]:
+    args = main.parse_args(["--exp", "x", "--workers", "4" if device.type == "cuda" else "0"])
+    plain, placed = deeplab.resnet101(False).eval().to(device), deeplab.resnet101(False).place(device)
+    n = len(dataset)
+    ours, baseline = partial(main.evaluate, placed, dataset, args), partial(plain_evaluate, plain, dataset)
+    a, b, ratio = compare(lambda: ours(device), lambda: baseline(device), 2, sync)
+    return [("evaluation, images", f"{n / a:.2f} /s", f"{n / b:.2f} /s", ratio)]
+
+
+def count_rows(device: torch.device, sync: Callable) -> list[tuple]:
+    prediction = torch.randint(0, 21, (SIZE, SIZE), device=device)
+    mask = torch.randint(0, 22, (SIZE, SIZE), device=device).byte()
+    mask[mask == 21] = 255
+    a, b, ratio = compare(
+        lambda: confusion_matrix(prediction, mask, 21),
+        lambda: plain_counts(prediction.cpu().numpy(), mask.cpu().numpy().astype(int)),
+        11,
+        sync,
+    )
+    return [("confusion counts of an image", f"{1000 * a:.1f} ms", f"{1000 * b:.1f} ms", ratio)]
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return names[0].split(": ")[1] if names else platform.processor()
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    device = torch.device(parser.parse_args().device)
+    cuda = device.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    gpu = f", {torch.cuda.get_device_name()}" if cuda else ""
+    print(f"{processor()}{gpu}, {platform.platform()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {date.today()}\n")
+    print("| what | ours | baseline | ratio |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = draw_photos(folder, 16)
+        few = copy.copy(dataset)
+        few.pairs = dataset.pairs[: 16 if cuda else 4]
+        for measure, *inputs in (
+            (input_rows, dataset),
+            (forward_rows, device, sync, 30 if cuda else 4),
+            (training_rows, device, sync),
+            (evaluation_rows, few, device, sync),
+            (count_rows, device, sync),
+        ):
+            for *cells, ratio in measure(*inputs):
+                print(f"| {' | '.join(cells)} | {ratio:.2f} |", flush=True)
+    print(f"\npeak memory of it all: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    if cuda:
+        print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+if __name__ == "__main__":
+    run()
