@@ -458,7 +458,7 @@ def draw_shapes(root: str) -> None:
             for _ in range(rng.randint(2, 4)):
                 name = classes[rng.randint(1, len(classes))]
                 center = complex(rng.uniform(16, 144), rng.uniform(16, 112))
-                outline = center + outlines[name] * rng.uniform(18, 42) * np.exp(2j * np.pi * rng.uniform())
+                outline = center + outlines[name] * rng.uniform(22, 44) * np.exp(2j * np.pi * rng.uniform())
                 points = list(zip(outline.real.tolist(), outline.imag.tolist(), strict=True))
                 hue = (hues[name] + rng.uniform(-0.06, 0.06)) % 1
                 color = colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.5, 0.95))

@@ -63,7 +63,7 @@ SHAPES_DEFAULTS = {
     "weight_std": True,
     "crop_size": 81,
     "batch_size": 4,
-    "epochs": 6,
+    "epochs": 5,
     "base_lr": 0.02,
     "workers": 2,
 }
