@@ -1,5 +1,4 @@
-"""Train DeepLabv3 with `python main.py --train --exp NAME`, evaluate it with the same command without
-`--train`."""
+"""Train DeepLabv3: `python main.py --train --exp NAME`. Evaluate it: the same command without `--train`."""
 
 import argparse
 import math
@@ -63,7 +62,7 @@ SHAPES_DEFAULTS = {
     "weight_std": True,
     "crop_size": 81,
     "batch_size": 4,
-    "epochs": 5,
+    "epochs": 4,
     "base_lr": 0.02,
     "workers": 2,
 }
@@ -363,6 +362,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         batches.start = load_progress(checkpoint, optimizer, batches, args, resume)
         print(f"resumed from {resume}: iteration {batches.start} of {batches.max_iter}")
 
+    if batches.start >= batches.max_iter:
+        print(f"all {args.epochs} epochs are done: nothing is left to train")
+        return
+
     log = RunLog(args.exp, batches.start, args.tensorboard)
     loader = make_loader(dataset, batches, args, device)
     bar = tqdm(
@@ -385,6 +388,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         epoch_ends = done % batches.per_epoch == 0
         if epoch_ends or done % args.log_every == 0:
             loss_mean = loss_sum.item() / (done - log_start)
+            saves = epoch_ends and (
+                done // batches.per_epoch % args.save_every == 0 or done == batches.max_iter
+            )
+            if saves and not all(p.isfinite().all() for p in model.parameters()):
+                loss_mean = math.nan  # the last step broke the weights, and its loss did not show it yet
             if not math.isfinite(loss_mean):
                 raise UserError(
                     f"the loss is {loss_mean} at iteration {done}: lower --base_lr (now {args.base_lr}); "
@@ -399,7 +407,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 left = timedelta(seconds=round((batches.max_iter - done) * args.batch_size / rate))
                 progress = f"epoch {epoch}/{args.epochs}, iteration {done}/{batches.max_iter}"
                 print(f"{progress}, {status}, {left} left", flush=True)
-            if epoch_ends and (epoch % args.save_every == 0 or epoch == args.epochs):
+            if saves:
                 path = checkpoint_path(args, epoch)
                 save_checkpoint(path, model, optimizer, epoch, done, args, dataset)
                 result = evaluate(model, validation, args, device)
@@ -611,6 +619,14 @@ def main(argv: list[str] | None = None) -> None:
         # An error of a loader's worker arrives with the worker's traceback; the message is its last line.
         message = str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
         sys.exit(f"main.py: error: {message}")
+    except torch.OutOfMemoryError:
+        sizes = f"--batch_size {args.batch_size}, --crop_size {args.crop_size}, --eval_batch_size"
+        sys.exit(f"main.py: error: out of memory on the GPU: lower {sizes} {args.eval_batch_size}")
+    except OSError as error:
+        sys.exit(f"main.py: error: {error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("\nmain.py: stopped; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

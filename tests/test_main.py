@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -122,6 +123,8 @@ def test_resume_equals_the_uninterrupted_run(cli, small, tmp_path):
 
     status, out, _ = cli("--exp", "x", *flags, "--resume", "auto", "--base_lr", 1, "--seed", 1)
     assert "goes on with other flags: --base_lr 0.00025 to 1.0, --seed 0 to 1" in out
+    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto")
+    assert status == 0 and "nothing is left to train" in out
     status, out, _ = cli("--exp", "new", *flags, "--resume", "auto", "--epochs", 1)
     assert status == 0 and "resumed" not in out
 
@@ -309,3 +312,11 @@ def test_shapes_brings_defaults_that_flags_override(cli):
     assert (args.backbone, args.dataset, args.epochs, args.batch_size) == ("resnet101", "pascal", 30, 16)
     assert (args.base_lr, args.last_mult, args.crop_size, args.workers) == (0.00025, 1.0, 513, 4)
     assert (args.groups, args.scratch, args.freeze_bn, args.weight_std, args.beta) == (None, *[False] * 4)
+
+
+def test_readme_names_every_flag(cli):
+    """The flags of --help and those of the README's tables are the same."""
+    out = cli("--help")[1]
+    flags = set(re.findall(r"^  (--\w+)", out, re.MULTILINE))
+    tables = set(re.findall(r"^\| `(--\w+)` \|", (MAIN.parent / "README.md").read_text(), re.MULTILINE))
+    assert flags == tables
