@@ -526,8 +526,8 @@ def save_prediction(
 def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     """The command without --train: load the checkpoint, evaluate, print, write pictures and metrics.json."""
     path = args.checkpoint or checkpoint_path(args, args.epochs)
-    checkpoint = deeplab.read_checkpoint(path)
     dataset = DATASETS[args.dataset](args.data_root, train=False, split=args.split)
+    checkpoint = deeplab.read_checkpoint(path)
     model = make_model(args, len(dataset.classes), pretrained=False)
     deeplab.load_weights(model, checkpoint, path)
     model.place(device)
