@@ -9,6 +9,7 @@ import colorsys
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from utils import IGNORE_INDEX, Palette, UserError, save_mask, voc_palette, write_whole
+from utils import IGNORE_INDEX, Palette, UserError, save_image, save_mask, voc_palette, write_whole
 
 VOC_CLASSES = [
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -108,23 +109,18 @@ class SegmentationDataset(Dataset):
             UserError: if a file cannot be read, the sizes differ, or a label is not one of the classes.
         """
         image_path, mask_path = self.pairs[index]
-        image = torch.from_numpy(np.array(open_image(image_path).convert("RGB"))).permute(2, 0, 1)
+        image_picture = open_image(image_path)
+        image = torch.from_numpy(np.array(image_picture.convert("RGB"))).permute(2, 0, 1)
         if mask_path is None:
             return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
         picture = open_image(mask_path)
         if picture.mode not in ("P", "L", "1"):
-            raise UserError(
-                f"{mask_path}: a mask holds one byte of label a pixel, but this is a {picture.mode} image"
-            )
+            raise UserError(f"{mask_path}: a mask has one byte of label a pixel, but this is {picture.mode}")
+        check_sizes(image_picture, picture)
         mask = np.array(picture, dtype=np.uint8)
         if self.labels is not None and not mask_path.endswith("_labelTrainIds.png"):
             mask = self.labels[mask]
         mask = torch.from_numpy(mask)
-        if mask.shape != image.shape[1:]:
-            size = "x".join(map(str, picture.size))
-            raise UserError(
-                f"{mask_path} is {size}, but its image {image_path} is {image.shape[2]}x{image.shape[1]}"
-            )
         # One more wraps 255 to 0, so that what is to be ignored needs no mask of its own.
         if (mask.numpy() + np.uint8(1)).max() > len(self.classes):
             label = int(mask[mask != IGNORE_INDEX].max())
@@ -132,6 +128,27 @@ class SegmentationDataset(Dataset):
                 f"{mask_path}: label {label}, but the classes are 0 to {len(self.classes) - 1} (255: ignore)"
             )
         return image, mask
+
+    def drop_bad(self, decode: bool) -> list[str]:
+        """Leave out the samples that cannot be used, and return what is wrong with each.
+
+        Looks at the files' headers: their format and sizes; with `decode`, at every pixel.
+        """
+
+        def fault(index: int) -> str | None:
+            try:
+                if decode:
+                    self.read(index)
+                else:
+                    image, mask = (path and open_image(path, load=False) for path in self.pairs[index])
+                    check_sizes(image, mask)
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+            faults = list(pool.map(fault, range(len(self.pairs))))
+        self.pairs = [pair for pair, found in zip(self.pairs, faults, strict=True) if not found]
+        return [found for found in faults if found]
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size to which `collate` pads a sample: the crop's, `eval_size`, or the next multiples of 32,
@@ -145,6 +162,15 @@ class SegmentationDataset(Dataset):
     def name(self, index: int) -> str:
         """The name of the sample's mask file, or without one that of its image, without the ending."""
         return os.path.splitext(os.path.basename(self.pairs[index][1] or self.pairs[index][0]))[0]
+
+    def save(self, folder: str, index: int, labels: np.ndarray, split: str) -> None:
+        """Write predicted labels (H, W) as a palette PNG, those of the split test as and where its server
+        wants them."""
+        name = self.result_name(index) if split == "test" else self.name(index)
+        if split == "test" and self.label_ids is not None:
+            save_image(f"{folder}/{name}.png", Image.fromarray(self.label_ids[labels]))
+        else:
+            save_mask(f"{folder}/{name}.png", labels, self.palette)
 
     def collate(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Samples to a batch, padded on the right and below: images with 0, masks with `IGNORE_INDEX`.
@@ -287,6 +313,15 @@ def open_image(path: str, load: bool = True) -> Image.Image:
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
+def check_sizes(image: Image.Image, mask: Image.Image | None) -> None:
+    """Raises:
+    UserError: if an image and its mask, as `open_image` gives them, differ in size.
+    """
+    if mask and mask.size != image.size:
+        sizes = ["x".join(map(str, picture.size)) for picture in (mask, image)]
+        raise UserError(f"{mask.filename} is {sizes[0]}, but its image {image.filename} is {sizes[1]}")
+
+
 def read_lines(path: str, remedy: str) -> list[tuple[int, str]]:
     """The lines of a text file that are not blank, with their numbers from 1.
 
@@ -406,13 +441,22 @@ class TrainBatches(Sampler):
 
     One sampler for all epochs keeps the loader's workers busy across their borders, and makes resuming a
     matter of `start`. Each epoch is a permutation drawn from (seed, epoch). Its last batch is kept unless
-    smaller than `min_last`.
+    smaller than `min_last`. Of several processes, each has its own `rank` in `world` and part of every batch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, epochs: int, seed: int, min_last: int = 1, start: int = 0
+        self,
+        length: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        min_last: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
     ):
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.rank, self.world = rank, world
         self.per_epoch = length // batch_size + (length % batch_size >= min_last)
         self.max_iter = epochs * self.per_epoch
 
@@ -426,7 +470,8 @@ class TrainBatches(Sampler):
             if order_of != epoch:
                 order, order_of = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
             first = batch * self.batch_size
-            yield [(epoch, int(index)) for index in order[first : first + self.batch_size]]
+            mine = order[first : first + self.batch_size][self.rank :: self.world]
+            yield [(epoch, int(index)) for index in mine]
 
 
 def draw_shapes(root: str) -> None:

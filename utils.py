@@ -1,17 +1,21 @@
 """Measures, schedule, files, pictures, the log, downloads: what main.py and the data sets share."""
 
+import argparse
 import csv
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import stat
 import tarfile
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from glob import glob
 from http.client import HTTPException
 from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError
@@ -23,13 +27,46 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 IGNORE_INDEX = 255
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Palette = Sequence[Sequence[int]]  # (r, g, b) in 0..255 for each class
 TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # of a download: requests, seconds between them, seconds of silence
 
 
 class UserError(Exception):
     """Something that the user can mend; the message is one line that says what and how."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM ended the command: Stopped(number of the signal, what to tell the user)."""
+
+
+def stop_now(number: int, frame) -> None:
+    """The handler of STOP_SIGNALS, but for the steps of training."""
+    raise Stopped(number, "training goes on from the last checkpoint with --resume auto")
+
+
+@contextmanager
+def stop_signals(handler: Callable):
+    """Let `handler` take STOP_SIGNALS."""
+    before = [signal.signal(number, handler) for number in STOP_SIGNALS]
+    try:
+        yield
+    finally:
+        for number, earlier in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, earlier)
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """In a worker of a loader: a terminal or a cluster sends signals to all processes, but the main one still
+    has an iteration to end and a checkpoint to write, for which there are 30 seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 class Download(NamedTuple):
@@ -258,8 +295,44 @@ def save_image(path: str, image: Image.Image) -> None:
     write_whole(path, lambda file: image.save(file, format))
 
 
+def checkpoint_path(args: argparse.Namespace, epoch: int, iteration: int | None = None) -> str:
+    """After so many whole epochs; `iteration`, if given, marks a checkpoint within an epoch."""
+    within = f"_iter{iteration}" if iteration else ""
+    return f"data/deeplab_{args.backbone}_{args.dataset}_v3_{args.exp}_epoch{epoch}{within}.pth"
+
+
+class Saved(NamedTuple):
+    """A checkpoint file; the order is that of training. `iteration` is 0 at an epoch's end."""
+
+    epoch: int
+    iteration: int
+    path: str
+
+
+def saved_checkpoints(args: argparse.Namespace) -> list[Saved]:
+    """The checkpoints of --exp, by the numbers in their names: clocks jump."""
+    pattern = re.escape(checkpoint_path(args, 0)).replace("epoch0", r"epoch(\d+)(?:_iter(\d+))?")
+    found = [match for path in glob("data/*.pth") if (match := re.fullmatch(pattern, path))]
+    return sorted(Saved(int(match[1]), int(match[2] or 0), match[0]) for match in found)
+
+
+def prune_checkpoints(args: argparse.Namespace, newest: str, best_epoch: int | None) -> None:
+    """Delete what --keep does not keep; never the newest or the best.
+
+    Without --keep these are the checkpoints within epochs, once a newer one is there.
+    """
+    saved = saved_checkpoints(args)
+    older = saved[: [each.path for each in saved].index(newest)]
+    for each in older[: max(0, len(older) + 1 - args.keep)] if args.keep else older:
+        if each.iteration or (args.keep and each.epoch != best_epoch):
+            os.remove(each.path)
+
+
 class RunLog:
-    """The rows of data/EXP.csv, and with --tensorboard the same for TensorBoard in data/runs/EXP."""
+    """The rows of data/EXP.csv, and with --tensorboard the same for TensorBoard in data/runs/EXP.
+
+    `best_epoch` is the one of the highest mean IoU so far, None before the first.
+    """
 
     columns = ("epoch", "iteration", "lr", "loss", "val_mean_iou", "images_per_second")
 
@@ -267,36 +340,62 @@ class RunLog:
         """A run resumed at iteration `start` keeps the rows up to there.
 
         Raises:
-            UserError: if TensorBoard is wanted and not installed.
+            UserError: if another process writes this log, or TensorBoard is wanted and not installed.
         """
-        self.board = None
+        self.board, self.best_epoch, self.best = None, None, -1.0
+        path, header = f"data/{exp}.csv", ",".join(self.columns) + "\r\n"
+        os.makedirs("data", exist_ok=True)
+        self.file = open(path, "a+", newline="")  # noqa: SIM115, open for as long as the run
+        self.lock(exp)
+        self.file.seek(0)
+        text = self.file.read() if start else ""
+        kept = header if text.startswith(header) else ""
+        for line in text[len(kept) :].splitlines(keepends=True) if kept else []:
+            row = dict(zip(self.columns, line.strip().split(","), strict=False))
+            if not line.endswith("\n") or int(row["iteration"]) > start:
+                break
+            kept += line
+            self.note(row)
+        self.file.truncate(len(kept))
+        if not kept:
+            self.file.write(header)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("--tensorboard needs a package: pip install tensorboard") from error
             self.board = SummaryWriter(f"data/runs/{exp}", purge_step=start + 1)
-        path, rows = f"data/{exp}.csv", []
-        if start and os.path.exists(path):
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["iteration"]) <= start]
-        os.makedirs("data", exist_ok=True)
-        self.file = open(path, "w", newline="")  # noqa: SIM115, open for as long as the run
-        self.rows = csv.DictWriter(self.file, self.columns)
-        self.rows.writeheader()
-        self.rows.writerows(rows)
 
-    def write(self, row: dict) -> None:
-        self.rows.writerow(row)
+    def lock(self, exp: str) -> None:
+        """Hold the file for as long as this process lives, so that no two runs write the same checkpoints."""
+        if fcntl is None:
+            return
+        try:
+            # Not flock: the loader's workers would inherit that, and outlive a killed run by seconds.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"--exp {exp} is being trained by another process: choose another name"
+            ) from error
+        except OSError as error:
+            print(
+                f"{self.file.name} cannot be locked ({error.strerror}): see to it that no other run uses it"
+            )
+
+    def note(self, row: dict) -> None:
+        if row.get("val_mean_iou") and float(row["val_mean_iou"]) > self.best:
+            self.best, self.best_epoch = float(row["val_mean_iou"]), int(row["epoch"])
+
+    def write(self, row: dict, samples: Image.Image | None = None) -> None:
+        self.note(row)
+        csv.DictWriter(self.file, self.columns).writerow(row)
         self.file.flush()
         if self.board:
             for name in ("lr", "loss", "val_mean_iou", "images_per_second"):
                 if row.get(name) is not None:
                     self.board.add_scalar(name, row[name], row["iteration"])
-
-    def show(self, samples: Image.Image, iteration: int) -> None:
-        if self.board:
-            self.board.add_image("samples", np.array(samples), iteration, dataformats="HWC")
+            if samples:
+                self.board.add_image("samples", np.array(samples), row["iteration"], dataformats="HWC")
 
     def close(self) -> None:
         self.file.close()

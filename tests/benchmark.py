@@ -169,7 +169,7 @@ def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
     def stepper(channels_last: bool) -> Callable:
         model = deeplab.build(backbone, False).train().to(device)
         model = model.place(device) if channels_last else model
-        optimizer = main.make_optimizer(model)
+        optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
         images = torch.randn(batch, 3, crop, crop, device=device).contiguous(
             memory_format=model.memory_format
         )
@@ -177,7 +177,7 @@ def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
 
         def step():
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda and channels_last):
-                main.train_step(model, optimizer, images, masks)
+                main.train_step(model, optimizer, scaler, images, masks)
 
         return step
 

@@ -3,6 +3,7 @@ images."""
 
 import importlib.util
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weight
 weights = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(weights)
 
+TINY = Path(__file__).parent / "tiny.py"
 SMALL = ["--backbone", "resnet50", "--scratch", "--crop_size", 33, "--batch_size", 4, "--workers", 0]
 NORMS = {"bn": {}, "gn_ws": {"num_groups": 32, "weight_std": True}, "beta": {"beta": True}}
 
@@ -58,6 +60,25 @@ def make_list_dataset(
 
 
 @pytest.fixture
+def small(tmp_path):
+    """Flags of a run on a small data set of 6 training images."""
+    return ["--dataset", "custom", "--data_root", make_list_dataset(tmp_path / "set"), *SMALL]
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def one_line(err):
+    return err.startswith("main.py: error: ") and err.count("\n") == 1
+
+
+@pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """Run `main.py ARGS` in an empty working directory; gives (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
@@ -71,6 +92,7 @@ def cli(tmp_path, monkeypatch, capsys):
             if isinstance(status, str):  # sys.exit("message") prints it and exits with 1
                 print(status, file=sys.stderr)
                 status = 1
+        assert not multiprocessing.active_children()  # whatever went wrong, the loader's workers have ended
         out, err = capsys.readouterr()
         return status, out, err
 

@@ -69,12 +69,12 @@ def test_golden_training_losses(kind):
     target[rng.rand(2, 97, 97) < 0.05] = 255
     masks = torch.from_numpy(target.astype(np.uint8))
 
-    optimizer = main.make_optimizer(model)
+    optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
     losses = []
     for iteration in range(5):
         lr = poly_lr(golden["base_lr"], iteration, 5)
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr * golden["last_mult"]
-        losses.append(main.train_step(model, optimizer, images, masks).item())
+        losses.append(main.train_step(model, optimizer, scaler, images, masks).item())
     # A random ResNet-101 on two images is chaotic: in float64 the later losses move by 2e-3, with one thread
     # instead of two by 1e-2. What the steps do exactly is tested below.
     assert losses[0] == pytest.approx(golden["losses"][kind][0], rel=1e-5)
@@ -93,11 +93,11 @@ def test_training_step_is_sgd_of_the_recipe():
     masks[0, :3] = 255
     parameters = [p.detach().clone() for p in model.parameters()]
     buffers = [torch.zeros_like(p) for p in parameters]
-    optimizer = main.make_optimizer(model)
+    optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
     for step in range(4):
         lr = poly_lr(0.1, step, 4)
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, 10 * lr
-        loss = main.train_step(model, optimizer, images, masks)
+        loss = main.train_step(model, optimizer, scaler, images, masks)
 
         w, b, w2, b2 = (p.clone().requires_grad_() for p in parameters)
         logits = torch.einsum("oi,nihw->nohw", w2[:, :, 0, 0], torch.conv2d(images, w, b)) + b2[:, None, None]
@@ -206,13 +206,13 @@ def test_freeze_bn_stays_frozen():
     model = deeplab.resnet50(False)
     model.freeze_bn()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    optimizer = main.make_optimizer(model)
+    optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
     for _ in range(2):  # validation between epochs must not thaw it
         model.eval()
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = 0.1
-        main.train_step(model, optimizer, torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33).byte())
+        main.train_step(model, optimizer, scaler, torch.randn(1, 3, 33, 33), torch.zeros(1, 33, 33).byte())
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed and all("bn" not in key and "downsample.1" not in key for key in changed)
 

@@ -1,40 +1,20 @@
 """The command line as a user has it: train, evaluate, resume, and one line for each thing that is wrong."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, SMALL, golden_state, make_list_dataset, needs_shared
+from conftest import SHARED, SMALL, golden_state, make_list_dataset, needs_shared, one_line, same_weights
 from PIL import Image
 
 import deeplab
 import main
 
 MAIN = Path(main.__file__)
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Flags of a run on a small data set of 6 training images."""
-    return ["--dataset", "custom", "--data_root", make_list_dataset(tmp_path / "set"), *SMALL]
-
-
-def weights_of(path):
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-def same_weights(a, b):
-    a, b = weights_of(a), weights_of(b)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_train_evaluate_and_the_files_they_write(cli, small, tmp_path):
@@ -131,34 +111,6 @@ def test_resume_equals_the_uninterrupted_run(cli, small, tmp_path):
     assert status == 0 and "resumed" not in out
 
 
-def test_kill_and_resume(small, tmp_path):
-    """Killed at some moment of a real process, `--resume auto` ends at the weights of the run that was let
-    be."""
-    command = [sys.executable, MAIN, "--train", "--epochs", 5, "--save_every", 1, *small]
-    command = [str(word) for word in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(folder):
-        folder.mkdir(exist_ok=True)
-        words = [*command, "--exp", "x", "--resume", "auto"]
-        return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
-
-    run = start(tmp_path / "whole")
-    run.communicate()
-    assert run.returncode == 0
-    run = start(tmp_path / "killed")
-    while not list((tmp_path / "killed").glob("data/*epoch2.pth")):
-        assert run.poll() is None
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    assert not (tmp_path / "killed/data/deeplab_resnet50_custom_v3_x_epoch5.pth").exists()
-    out, _ = (run := start(tmp_path / "killed")).communicate()
-    assert run.returncode == 0 and "resumed from" in out
-    name = "data/deeplab_resnet50_custom_v3_x_epoch5.pth"
-    assert same_weights(tmp_path / "whole" / name, tmp_path / "killed" / name)
-
-
 def test_last_batch_of_one_image(cli, tmp_path):
     root = make_list_dataset(tmp_path / "set", train=5)
     small = ["--train", "--exp", "x", "--epochs", 1, "--dataset", "custom", "--data_root", root, *SMALL]
@@ -214,10 +166,6 @@ def test_published_checkpoint_evaluates_to_the_golden_counts(cli, tmp_path, kind
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     assert np.abs(confusion.diagonal() - counts["inter"]).sum() <= 1e-3 * confusion.sum()
     assert np.abs(union - counts["union"]).sum() <= 2e-3 * confusion.sum()
-
-
-def one_line(err):
-    return err.startswith("main.py: error: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

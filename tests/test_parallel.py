@@ -1,0 +1,149 @@
+"""Several processes, parts of a batch, number formats: what they change, and what they must not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SMALL, TINY, make_list_dataset, same_weights
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import deeplab
+import main
+
+FLAGS = ["--groups", 32, "--weight_std", "--aspp_rates", 6, "--no_image_pooling"]
+
+
+def torchrun(folder: Path, script: Path, *argv: object) -> subprocess.Popen:
+    """Two processes of a script; what they print goes to `folder`/out and `folder`/err."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parents[1])}
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=environment)
+
+
+def steps(accum: int = 1) -> dict[str, torch.Tensor]:
+    """The weights after three steps on batches of 5, the last with few labelled pixels, in float64."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.trunk, model.norm, model.aspp = nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Conv2d(8, 5, 1)
+    model.forward = lambda x: model.aspp(model.norm(model.trunk(x)))
+    model.double().train()
+    net = DistributedDataParallel(model) if main.WORLD > 1 else model
+    optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    images, masks = torch.randn(3, 5, 3, 9, 9).double(), torch.randint(0, 5, (3, 5, 7, 7)).byte()
+    masks[2, 1:] = 255
+    masks[1, 0, :5] = 255
+    for x, y in zip(images, masks, strict=True):
+        part = slice(main.RANK, None, main.WORLD)
+        loss = main.train_step(net, optimizer, scaler, x[part], y[part], accum=accum)
+        if main.WORLD > 1:
+            dist.all_reduce(loss)
+    return {**model.state_dict(), "loss": loss}
+
+
+def test_step_in_parts_or_in_processes_is_the_step_of_the_whole_batch(tmp_path):
+    whole = steps()
+    for accum in (2, 4, 9):
+        for key, tensor in steps(accum).items():
+            torch.testing.assert_close(tensor, whole[key], rtol=1e-10, atol=1e-12)
+    assert torchrun(tmp_path, Path(__file__), tmp_path / "two.pth").wait() == 0
+    for key, tensor in torch.load(tmp_path / "two.pth").items():
+        torch.testing.assert_close(tensor, whole[key], rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_train_and_evaluate(cli, tmp_path, monkeypatch):
+    root = make_list_dataset(tmp_path / "set", val=5)
+    flags = ["--dataset", "custom", "--data_root", root, *SMALL, *FLAGS, "--eval_batch_size", 2]
+    assert torchrun(tmp_path, TINY, "--train", "--exp", "x", "--epochs", 2, *flags).wait() == 0
+    out = (tmp_path / "out").read_text()
+    assert out.count("6 images to train on") == out.count("iteration 4/4") == out.count("saved") == 1
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "deeplab_resnet50_custom_v3_x_epoch2.pth",
+        "x.csv",
+    ]
+
+    assert torchrun(tmp_path, TINY, "--exp", "x", "--epochs", 2, *flags).wait() == 0
+    assert (tmp_path / "out").read_text().count("Mean IoU:") == 1
+    folder = tmp_path / "data/val/deeplab_resnet50_custom_v3_x_epoch2"
+    two = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
+    assert cli("--exp", "x", "--epochs", 2, *flags)[0] == 0
+    one = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {f"val{i}.png" for i in range(5)} | {"samples.png", "metrics.json"} == set(one)
+    two, one = (json.loads(files.pop("metrics.json"))["confusion"] for files in (two, one)), (two, one)
+    counts_of_two, counts_of_one = two
+    assert counts_of_two == counts_of_one and one[0] == one[1]
+
+
+def test_batch_must_have_an_image_for_each_process(tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL]
+    for norm, size, message in ((FLAGS, 1, "an image for each process"), ([], 3, "BatchNorm cannot train")):
+        assert torchrun(tmp_path, TINY, *flags, *norm, "--batch_size", size).wait() != 0
+        assert message in (tmp_path / "err").read_text()
+    assert not (tmp_path / "data").exists()
+
+
+def wait_for(path: Path, run: subprocess.Popen) -> None:
+    while not path.exists() or "iteration" not in path.read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+
+
+def test_process_that_dies_ends_the_run_with_a_message(tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, *FLAGS]
+    run = torchrun(tmp_path, TINY, *flags, "--epochs", 10_000, "--log_every", 1)
+    wait_for(tmp_path / "out", run)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    if not children.exists():
+        run.kill()
+        pytest.skip("no /proc here to find the processes by")
+    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+    assert run.wait(timeout=60) != 0
+    err = (tmp_path / "err").read_text()
+    assert "main.py: rank 0: error: another process has ended" in err and "Signal 9 (SIGKILL)" in err
+
+
+def test_stopped_processes_leave_a_checkpoint_to_go_on_from(tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, *FLAGS]
+    run = torchrun(tmp_path, TINY, *flags, "--epochs", 10_000, "--log_every", 1)
+    wait_for(tmp_path / "out", run)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) != 0
+    (checkpoint,) = (tmp_path / "data").glob("*_iter*.pth")
+    assert f"stopped by SIGTERM; saved data/{checkpoint.name}" in (tmp_path / "err").read_text()
+    assert torch.load(checkpoint, weights_only=True)["iteration"] > 0
+
+
+def test_bf16_and_accumulation_train(cli, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
+    for exp, more in (("a", []), ("b", ["--amp", "none"]), ("c", ["--amp", "bf16"]), ("d", ["--accum", 2])):
+        status, out, err = cli("--train", "--exp", exp, "--epochs", 1, *small, *FLAGS, *more)
+        assert (status, err) == (0, "") and "saved" in out
+    a, b, c, d = (tmp_path / f"data/deeplab_resnet50_custom_v3_{exp}_epoch1.pth" for exp in "abcd")
+    assert same_weights(a, b) and not same_weights(a, c)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in torch.load(c)["state_dict"].values())
+    assert cli("--exp", "c", "--epochs", 1, *small, *FLAGS, "--amp", "bf16")[0] == 0
+    status, _, err = cli("--train", "--exp", "x", *small, "--amp", "fp16")
+    assert status == 1 and "--amp fp16 needs a CUDA device" in err
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    weights = steps(accum=2)
+    if main.RANK == 0:
+        torch.save(weights, sys.argv[1])
+    dist.destroy_process_group()
