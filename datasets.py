@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from utils import IGNORE_INDEX, Palette, UserError, save_image, save_mask, voc_palette, write_whole
 
@@ -186,7 +186,13 @@ class SegmentationDataset(Dataset):
             h, w = mask.shape
             images[i, :, :h, :w] = image
             masks[i, :h, :w] = mask
-        return images, masks, torch.tensor([mask.shape for _, mask in samples])
+        batch = images, masks, torch.tensor([mask.shape for _, mask in samples])
+        if get_worker_info():
+            # The loader would do it after this, in a thread whose errors nobody hears: too little shared
+            # memory would leave the training waiting for ever.
+            for tensor in batch:
+                tensor.share_memory_()
+        return batch
 
     def eval_batches(self, batch_size: int) -> list[list[int]]:
         """All indices once, in batches of samples that pad to the same size (read from the files'

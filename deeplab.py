@@ -451,6 +451,8 @@ def read_checkpoint(path: str) -> dict:
         or not all(isinstance(value, Tensor) for value in state.values())
     ):
         raise ModelError(f"{path} holds no state_dict of tensors")
+    if not isinstance(checkpoint.get("model", {}), dict):
+        raise ModelError(f"{path} does not say what model it holds")
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
     return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
 
@@ -576,5 +578,10 @@ def load(path: str, device: torch.device | str = "cpu", output_stride: int | Non
     except TypeError as error:
         raise ModelError(f"{path} does not say what model it holds") from error
     load_weights(model, checkpoint, path)
-    model.classes, model.palette = checkpoint.get("classes"), checkpoint.get("palette")
+    if "model" in checkpoint:
+        try:
+            model.classes = [str(name) for name in checkpoint["classes"]]
+            model.palette = np.array(checkpoint["palette"], np.uint8).reshape(len(model.classes), 3).tolist()
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ModelError(f"{path} does not name its classes and their colours") from error
     return model.place(device).eval()

@@ -212,6 +212,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--exp {args.exp!r} becomes part of a file's name: leave out the slashes")
     if min(args.seed, args.workers, args.samples) < 0:
         parser.error("--seed, --workers and --samples cannot be negative")
+    if not (0 <= args.base_lr < math.inf and 0 <= args.last_mult < math.inf):
+        parser.error("--base_lr and --last_mult are numbers from 0")
     if not all(0.1 <= scale <= 4 for scale in args.scales):
         parser.error("--scales are between 0.1 and 4")
     if args.resume and args.init:
@@ -494,6 +496,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 progress = f"epoch {epoch}/{args.epochs}, iteration {done}/{batches.max_iter}"
                 print(f"{progress}, {status}, {left} left", flush=True)
             path = checkpoint_path(args, epochs_done, None if saves else done)
+            if log:
+                log.write(row)  # before the checkpoint: a run resumed from it finds it there
             if writes and RANK == 0:
                 save_checkpoint(path, model, optimizer, scaler, epochs_done, done, args, dataset)
             if saves and not stops:
@@ -502,10 +506,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 model.train()
                 mean_iou = row["val_mean_iou"] = result["mean_iou"]
                 bar.write(f"epoch {epoch}: saved {path}, mean IoU {percent(mean_iou)}")
-            if log:
-                log.write(row, result["samples"] if saves and not stops else None)
-                if writes:
-                    prune_checkpoints(args, path, log.best_epoch)
+                if log:
+                    log.write(row, result["samples"])
+            if log and writes:
+                prune_checkpoints(args, path, log.best_epoch)
             if stops:
                 bar.close()
                 number = stop[0] if stop else signal.SIGTERM
@@ -543,17 +547,18 @@ def load_progress(checkpoint, optimizer, scaler, batches, args, path) -> int:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
-        epoch, iteration = checkpoint["epoch"], checkpoint.get("iteration")
-    except (KeyError, ValueError, RuntimeError) as error:
+        epoch, flags = int(checkpoint["epoch"]), dict(checkpoint.get("flags", {}))
+        iteration = int(checkpoint.get("iteration", epoch * batches.per_epoch))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
     changed = [
         f"--{key} {value} to {getattr(args, key)}"
-        for key, value in checkpoint.get("flags", {}).items()
+        for key, value in flags.items()
         if key in RUN_FLAGS and getattr(args, key) != value
     ]
     if changed:
         print(f"the run goes on with other flags: {', '.join(changed)}")
-    return epoch * batches.per_epoch if changed or iteration is None else iteration
+    return epoch * batches.per_epoch if changed else iteration
 
 
 @torch.inference_mode()
@@ -665,6 +670,12 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
         model = deeplab.load(args.checkpoint, device, args.output_stride)
     else:  # a published file says nothing beyond its weights
         dataset = DATASETS[args.dataset]
+        if issubclass(dataset, ListSegmentation):  # whose classes stand in a file
+            if not args.data_root:
+                raise UserError(
+                    f"{args.checkpoint} does not name its classes: --data_root DIR has classes.txt"
+                )
+            dataset = dataset(args.data_root, train=False)
         model = make_model(args, len(dataset.classes), pretrained=False)
         deeplab.load_weights(model, checkpoint, args.checkpoint)
         model.classes, model.palette = dataset.classes, dataset.palette
@@ -728,8 +739,12 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
         )
         way_out = "raise --accum, or lower the others (in evaluation --eval_batch_size and --scales)"
         return f"out of memory on the GPU with {sizes}: {way_out}"
-    if "DataLoader worker" in message:
-        return f"{message} Lower --workers, or give shared memory more room (docker run --shm-size 8g)"
+    if "shared memory" in message:
+        return (
+            "too little shared memory for batches: lower --workers, or allow more (docker run --shm-size 8g)"
+        )
+    if message.startswith("DataLoader worker (pid"):
+        return f"{message.rstrip('.')}: lower --workers if the machine lacks memory"
     if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in message):
         way_out = "--resume auto goes on from the last checkpoint"
         return f"another process has ended, see there; {way_out} ({message[:100]})"

@@ -208,8 +208,12 @@ def write_whole(path: str, write: Callable[[BinaryIO], None]) -> None:
             if os.path.exists(temporary):
                 os.remove(temporary)
             raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # After a write that failed, torch.save fails once more, in its own way, as it closes the archive.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 
 def save_json(path: str, value: dict) -> None:
@@ -312,7 +316,8 @@ class Saved(NamedTuple):
 def saved_checkpoints(args: argparse.Namespace) -> list[Saved]:
     """The checkpoints of --exp, by the numbers in their names: clocks jump."""
     pattern = re.escape(checkpoint_path(args, 0)).replace("epoch0", r"epoch(\d+)(?:_iter(\d+))?")
-    found = [match for path in glob("data/*.pth") if (match := re.fullmatch(pattern, path))]
+    paths = [f"data/{name}" for name in glob("*.pth", root_dir="data")]
+    found = [match for path in paths if (match := re.fullmatch(pattern, path))]
     return sorted(Saved(int(match[1]), int(match[2] or 0), match[0]) for match in found)
 
 
@@ -343,6 +348,7 @@ class RunLog:
             UserError: if another process writes this log, or TensorBoard is wanted and not installed.
         """
         self.board, self.best_epoch, self.best = None, None, -1.0
+        self.iteration = self.offset = 0  # of the last row
         path, header = f"data/{exp}.csv", ",".join(self.columns) + "\r\n"
         os.makedirs("data", exist_ok=True)
         self.file = open(path, "a+", newline="")  # noqa: SIM115, open for as long as the run
@@ -387,7 +393,11 @@ class RunLog:
             self.best, self.best_epoch = float(row["val_mean_iou"]), int(row["epoch"])
 
     def write(self, row: dict, samples: Image.Image | None = None) -> None:
+        """Add a row; written again with its validation, it takes its own place."""
         self.note(row)
+        if row["iteration"] == self.iteration:
+            self.file.truncate(self.offset)
+        self.iteration, self.offset = row["iteration"], self.file.seek(0, os.SEEK_END)
         csv.DictWriter(self.file, self.columns).writerow(row)
         self.file.flush()
         if self.board:
