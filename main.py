@@ -348,7 +348,7 @@ def train_step(
         dist.all_reduce(labelled)
     labelled = labelled.clamp(min=1)
     optimizer.zero_grad()
-    loss_sum = torch.zeros((), device=images.device)
+    loss_sum = 0
     parts = min(accum, len(images))
     for i, (x, y) in enumerate(zip(images.tensor_split(parts), masks.tensor_split(parts), strict=True), 1):
         # The processes exchange gradients in the last part's backward pass, and average them: hence WORLD.
@@ -357,7 +357,7 @@ def train_step(
                 logits = net(x)
             loss = F.cross_entropy(logits, y.long(), ignore_index=IGNORE_INDEX, reduction="sum") / labelled
             scaler.scale(loss * WORLD).backward()
-        loss_sum += loss.detach()
+        loss_sum = loss_sum + loss.detach()
     scaler.step(optimizer)
     scaler.update()
     return loss_sum

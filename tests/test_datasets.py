@@ -223,7 +223,7 @@ def test_classes(tmp_path):
             lambda f: Image.new("L", (80, 61)).save(f / "masks/val0.png"),
             r"val0.png is 80x61, but its image .* 80x60",
         ),
-        (lambda f: Image.new("RGB", (80, 60)).save(f / "masks/val0.png"), "but this is a RGB image"),
+        (lambda f: Image.new("RGB", (80, 60)).save(f / "masks/val0.png"), "but this is RGB"),
         (
             lambda f: Image.new("L", (80, 60), 3).save(f / "masks/val0.png"),
             r"label 3, but the classes are 0 to 2",

@@ -38,7 +38,11 @@ def test_fusing_leaves_the_model_to_its_training(kind):
         model.freeze_bn()
     modes = [module.training for module in model.modules()]
     main.train_step(
-        model, main.make_optimizer(model), torch.randn(2, 3, 33, 33), torch.zeros(2, 33, 33).byte()
+        model,
+        main.make_optimizer(model),
+        torch.amp.GradScaler(enabled=False),
+        torch.randn(2, 3, 33, 33),
+        torch.zeros(2, 33, 33).byte(),
     )
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
@@ -113,9 +117,9 @@ def test_training_step_is_sgd_of_the_recipe():
 
 def test_batch_without_a_label_has_no_loss():
     model = torch.nn.Conv2d(3, 5, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), torch.amp.GradScaler(enabled=False)
     masks = torch.full((1, 4, 4), 255, dtype=torch.uint8)
-    assert main.train_step(model, optimizer, torch.randn(1, 3, 4, 4), masks).item() == 0
+    assert main.train_step(model, optimizer, scaler, torch.randn(1, 3, 4, 4), masks).item() == 0
 
 
 def dilations(model):

@@ -128,8 +128,7 @@ def test_stopped_processes_leave_a_checkpoint_to_go_on_from(tmp_path):
     assert torch.load(checkpoint, weights_only=True)["iteration"] > 0
 
 
-def test_bf16_and_accumulation_train(cli, small, tmp_path, monkeypatch):
-    monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
+def test_bf16_and_accumulation_train(cli, small, tmp_path):
     for exp, more in (("a", []), ("b", ["--amp", "none"]), ("c", ["--amp", "bf16"]), ("d", ["--accum", 2])):
         status, out, err = cli("--train", "--exp", exp, "--epochs", 1, *small, *FLAGS, *more)
         assert (status, err) == (0, "") and "saved" in out
