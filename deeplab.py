@@ -37,36 +37,41 @@ class ModelError(ValueError):
     """Model options, weights or a checkpoint that cannot be used; the message is one line for the user."""
 
 
-class StandardizeWeight(torch.autograd.Function):
-    """Weight Standardization: per output channel, minus the mean and divided by (unbiased std + 1e-5).
+def standardize(weight: Tensor) -> Tensor:
+    """Weight Standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520): per output channel, minus
+    the mean and divided by (unbiased std + 1e-5)."""
+    # The published implementation's operations in its order: a deep net amplifies their rounding.
+    weight = weight - weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
+    return weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
 
-    The gradient is written out, since autograd's own takes more than twice the time.
-    """
+
+class Standardize(torch.autograd.Function):
+    """The same for training, with its gradient, in a third of the time."""
 
     @staticmethod
     def forward(ctx, weight: Tensor) -> Tensor:
-        # The published implementation's operations in its order: a deep net amplifies their rounding.
-        weight = weight - weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
-        std = weight.std((1, 2, 3), keepdim=True)
-        standardized = weight / (std + 1e-5)
-        ctx.save_for_backward(standardized, std)
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        # The mean is 0, so this is the std, which the CPU takes five times as long for.
+        std = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True) / (weight[0].numel() - 1) ** 0.5
+        scale = 1 / (std + 1e-5)
+        standardized = weight * scale
+        ctx.save_for_backward(standardized, std, scale)
         return standardized
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        standardized, std = ctx.saved_tensors
-        scale = 1 / (std + 1e-5)
+        standardized, std, scale = ctx.saved_tensors
         along = torch.linalg.vecdot(grad.flatten(1), standardized.flatten(1)).view_as(std)
-        mean = grad.mean((1, 2, 3), keepdim=True)
-        centered = torch.addcmul(-mean * scale, grad, scale)
+        centered = torch.addcmul(-grad.mean((1, 2, 3), keepdim=True) * scale, grad, scale)
         return centered.addcmul_(standardized, along / (std * (1 - grad[0].numel())))
 
 
 class WSConv2d(nn.Conv2d):
-    """Convolution with Weight Standardization (Qiao et al. 2019, https://arxiv.org/abs/1903.10520)."""
+    """Convolution with Weight Standardization."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, StandardizeWeight.apply(self.weight), self.bias)
+        weight = Standardize.apply(self.weight) if self.training else standardize(self.weight)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class ASPP(nn.Module):
@@ -305,7 +310,7 @@ class DeepLabv3(ResNet):
         convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         for conv in convs:
             if isinstance(conv, WSConv2d):
-                conv.weight = nn.Parameter(StandardizeWeight.apply(conv.weight), requires_grad=False)
+                conv.weight = nn.Parameter(standardize(conv.weight), requires_grad=False)
                 conv.__class__ = nn.Conv2d
         # Convs and norms stand in the same order. No norm follows the first two convs of the stem of --beta,
         # nor the classifier, which comes last.

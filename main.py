@@ -577,7 +577,12 @@ def evaluate(
     """
     model = model.fuse()
     if args.compile:
-        model.compile(dynamic=False, options={"freezing": True})  # weights packed once as the convs want them
+        from torch._inductor import config  # takes seconds, so only where it is of use
+
+        config.freezing = (
+            True  # without gradients, weights are constants: packed once, as the convs want them
+        )
+        model.compile(dynamic=False)  # for each shape anew: there are few
     batches = dataset.eval_batches(args.eval_batch_size)
     own = batches[RANK::WORLD]
     loader = iter(make_loader(dataset, own, args, device))

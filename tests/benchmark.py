@@ -162,28 +162,28 @@ def forward_rows(device: torch.device, sync: Callable, rounds: int) -> list[tupl
 
 
 def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
-    """Ours has channels_last, on a GPU also bfloat16."""
     cuda = device.type == "cuda"
     backbone, crop, batch = ("resnet101", SIZE, 16) if cuda else ("resnet50", 129, 4)
 
-    def stepper(channels_last: bool) -> Callable:
-        model = deeplab.build(backbone, False).train().to(device)
-        model = model.place(device) if channels_last else model
+    def stepper(placed: bool, dtype: torch.dtype | None = None, **norm) -> Callable:
+        model = deeplab.build(backbone, False, **norm).train().to(device)
+        model = model.place(device) if placed else model
         optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
-        images = torch.randn(batch, 3, crop, crop, device=device).contiguous(
-            memory_format=model.memory_format
-        )
+        images = torch.randn(batch, 3, crop, crop, device=device)
+        images = images.contiguous(memory_format=model.memory_format)
         masks = torch.randint(0, 21, (batch, crop, crop), device=device).byte()
+        return lambda: main.train_step(model, optimizer, scaler, images, masks, dtype)
 
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda and channels_last):
-                main.train_step(model, optimizer, scaler, images, masks)
-
-        return step
-
-    a, b, ratio = compare(stepper(True), stepper(False), 5, sync)
-    what = f"training step, {backbone}, {batch} crops of {crop}{', bfloat16' if cuda else ''}"
-    return [(what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio)]
+    rows, gn = [], {"num_groups": 32}
+    for what, ours, baseline in (
+        ("", stepper(True), stepper(False)),
+        (", bfloat16", stepper(True, torch.bfloat16), stepper(False)),
+        (", GN: with WS and without", stepper(True, weight_std=True, **gn), stepper(True, **gn)),
+    ):
+        a, b, ratio = compare(ours, baseline, 5, sync)
+        what = f"training step, {backbone}, {batch} crops of {crop}{what}"
+        rows.append((what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
+    return rows
 
 
 def evaluation_rows(dataset: SegmentationDataset, device: torch.device, sync: Callable) -> list[tuple]:
@@ -227,7 +227,7 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = draw_photos(folder, 16)
         few = copy.copy(dataset)
-        few.pairs = dataset.pairs[: 16 if cuda else 4]
+        few.pairs = dataset.pairs[: 16 if cuda else 8]
         for measure, *inputs in (
             (input_rows, dataset),
             (forward_rows, device, sync, 30 if cuda else 4),
