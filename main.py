@@ -265,7 +265,8 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--amp fp16 needs a CUDA device, and this is {device.type}: use bf16 or none")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # the sizes are few: find the fastest convs for each
+        # Training and evaluation have few sizes: find the fastest convs for each. Photos may all differ.
+        torch.backends.cudnn.benchmark = not args.predict
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convs have it by default
     return device
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deeplab
 import main
+from utils import UserError
 
 FLAGS = ["--groups", 32, "--weight_std", "--aspp_rates", 6, "--no_image_pooling"]
 
@@ -86,13 +87,26 @@ def test_two_processes_train_and_evaluate(cli, tmp_path, monkeypatch):
     assert counts_of_two == counts_of_one and one[0] == one[1]
 
 
-def test_batch_must_have_an_image_for_each_process(tmp_path):
-    root = make_list_dataset(tmp_path / "set")
-    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL]
-    for norm, size, message in ((FLAGS, 1, "an image for each process"), ([], 3, "BatchNorm cannot train")):
-        assert torchrun(tmp_path, TINY, *flags, *norm, "--batch_size", size).wait() != 0
-        assert message in (tmp_path / "err").read_text()
-    assert not (tmp_path / "data").exists()
+@pytest.mark.parametrize(
+    ("flags", "device", "smallest", "message"),
+    [
+        (["--groups", "32"], "cpu", 2, "a batch needs an image for each process"),
+        (["--freeze_bn", "--accum", "3"], "cpu", 2, "a batch needs an image for each process"),
+        ([], "cpu", 4, "BatchNorm cannot train on batches of one image"),
+        ([], "cuda", 2, "a batch needs an image for each process"),
+        (["--accum", "3"], "cpu", 12, "BatchNorm cannot train on batches of one image"),
+        (["--accum", "3"], "cuda", 6, "BatchNorm cannot train on batches of one image"),
+    ],
+)
+def test_smallest_batch_of_two_processes(monkeypatch, flags, device, smallest, message):
+    """An image for each process and part; two where BatchNorm has only its own process' images."""
+    monkeypatch.setattr(main, "WORLD", 2)
+    args = main.parse_args(["--exp", "x", "--batch_size", str(smallest), *flags])
+    assert main.smallest_batch(args, torch.device(device), 100) == smallest
+    for size, length in ((smallest - 1, 100), (smallest, smallest - 1)):
+        args.batch_size = size
+        with pytest.raises(UserError, match=message):
+            main.smallest_batch(args, torch.device(device), length)
 
 
 def wait_for(path: Path, run: subprocess.Popen) -> None:
