@@ -103,8 +103,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. Defaults come from here, then from the data set, then from the checkpoint that is
-    evaluated."""
+    """The flags, with the defaults that the data set brings."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what to do").add_argument
@@ -580,9 +579,7 @@ def evaluate(
     if args.compile:
         from torch._inductor import config  # takes seconds, so only where it is of use
 
-        config.freezing = (
-            True  # without gradients, weights are constants: packed once, as the convs want them
-        )
+        config.freezing = True  # weights without gradients are constants, packed as the convs want them
         model.compile(dynamic=False)  # for each shape anew: there are few
     batches = dataset.eval_batches(args.eval_batch_size)
     own = batches[RANK::WORLD]

@@ -347,6 +347,11 @@ class RunLog:
         Raises:
             UserError: if another process writes this log, or TensorBoard is wanted and not installed.
         """
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--tensorboard needs a package: pip install tensorboard") from error
         self.board, self.best_epoch, self.best = None, None, -1.0
         self.iteration = self.offset = 0  # of the last row
         path, header = f"data/{exp}.csv", ",".join(self.columns) + "\r\n"
@@ -358,7 +363,8 @@ class RunLog:
         kept = header if text.startswith(header) else ""
         for line in text[len(kept) :].splitlines(keepends=True) if kept else []:
             row = dict(zip(self.columns, line.strip().split(","), strict=False))
-            if not line.endswith("\n") or int(row["iteration"]) > start:
+            whole = line.endswith("\n") and row.get("iteration", "").isdecimal()
+            if not whole or int(row["iteration"]) > start:
                 break
             kept += line
             self.note(row)
@@ -366,10 +372,6 @@ class RunLog:
         if not kept:
             self.file.write(header)
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("--tensorboard needs a package: pip install tensorboard") from error
             self.board = SummaryWriter(f"data/runs/{exp}", purge_step=start + 1)
 
     def lock(self, exp: str) -> None:
@@ -393,13 +395,20 @@ class RunLog:
             self.best, self.best_epoch = float(row["val_mean_iou"]), int(row["epoch"])
 
     def write(self, row: dict, samples: Image.Image | None = None) -> None:
-        """Add a row; written again with its validation, it takes its own place."""
+        """Add a row; written again with its validation, it takes its own place.
+
+        Raises:
+            UserError: if the disk is full.
+        """
         self.note(row)
         if row["iteration"] == self.iteration:
             self.file.truncate(self.offset)
         self.iteration, self.offset = row["iteration"], self.file.seek(0, os.SEEK_END)
-        csv.DictWriter(self.file, self.columns).writerow(row)
-        self.file.flush()
+        try:
+            csv.DictWriter(self.file, self.columns).writerow(row)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
         if self.board:
             for name in ("lr", "loss", "val_mean_iou", "images_per_second"):
                 if row.get(name) is not None:

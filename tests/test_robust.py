@@ -24,7 +24,7 @@ from PIL import Image
 import deeplab
 import main
 from datasets import SegmentationDataset, TrainBatches, open_image
-from utils import UserError, checkpoint_path, voc_palette
+from utils import RunLog, UserError, checkpoint_path, voc_palette
 
 fcntl, resource = pytest.importorskip("fcntl"), pytest.importorskip("resource")  # not on Windows
 NETWORK = ["--groups", 32, "--weight_std", "--aspp_rates", 6, "--no_image_pooling"]  # the smallest there is
@@ -169,6 +169,28 @@ def test_full_disk_leaves_the_checkpoint_before(cli, small, tmp_path):
     assert status == 1 and one_line(err) and f"cannot write {STEM}2.pth: File too large" in err
     assert {path: path.read_bytes() for path in tmp_path.glob("data/*.pth*")} == before
     assert cli(*flags, "--epochs", 3)[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_disk_while_the_log_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = RunLog("x", 0, False)
+    log.file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        log.write({"iteration": 1})
+
+
+def test_log_that_somebody_edited(tmp_path, monkeypatch):
+    """What is no row, or cut short, ends what a resumed run keeps."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    header = ",".join(RunLog.columns) + "\r\n"
+    for spoilt in ("", "note,\r\n", "\r\n", "1,2", "1,99,0,0,,1\r\n"):
+        Path("data/x.csv").write_text(f"{header}1,1,0.1,0.5,0.25,9\r\n{spoilt}", newline="")
+        log = RunLog("x", 2, False)
+        log.close()
+        assert Path("data/x.csv").read_bytes().decode() == f"{header}1,1,0.1,0.5,0.25,9\r\n"
+        assert log.best_epoch == 1
 
 
 def test_keep_leaves_the_newest_and_the_best(cli, small, tmp_path, monkeypatch):
