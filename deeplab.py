@@ -18,15 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.models import ResNet50_Weights, ResNet101_Weights, ResNet152_Weights
+from torchvision.models import get_model_weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
 LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
-IMAGENET = {
-    "resnet50": ResNet50_Weights.IMAGENET1K_V1,
-    "resnet101": ResNet101_Weights.IMAGENET1K_V1,
-    "resnet152": ResNet152_Weights.IMAGENET1K_V1,
-}
 IMAGENET_GN_WS = "R-101-GN-WS.pth.tar"  # ResNet-101 with GN+WS, from the Weight Standardization authors
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
 TRUNK_MOMENTUM, ASPP_MOMENTUM = 0.05, 0.0003  # of BatchNorm's running statistics
@@ -61,7 +56,8 @@ class Standardize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         standardized, std, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad.flatten(1), standardized.flatten(1)).view_as(std)
+        # Not vecdot: compiled under autocast, that computes in bfloat16.
+        along = (grad * standardized).sum((1, 2, 3), keepdim=True)
         centered = torch.addcmul(-grad.mean((1, 2, 3), keepdim=True) * scale, grad, scale)
         return centered.addcmul_(standardized, along / (std * (1 - grad[0].numel())))
 
@@ -72,6 +68,14 @@ class WSConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = Standardize.apply(self.weight) if self.training else standardize(self.weight)
         return self._conv_forward(x, weight, self.bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in the number format of its input, where autocast on CUDA would give, and keep, float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ASPP(nn.Module):
@@ -109,13 +113,37 @@ class ASPP(nn.Module):
         return self.conv3(F.relu(self.bn2(self.conv2(torch.cat(branches, 1)))))
 
 
+def check_options(backbone, num_classes, num_groups, output_stride, multi_grid, aspp_rates) -> None:
+    """Raises:
+    ModelError: for an option of `DeepLabv3` that has no meaning; the message names the flag.
+    """
+    if backbone not in LAYERS:
+        raise ModelError(f"--backbone {backbone}: choose one of {', '.join(LAYERS)}")
+    if not 1 <= num_classes <= 255:
+        raise ModelError(f"{num_classes} classes: a mask of bytes with 255 to ignore can hold 1 to 255")
+    if num_groups and (num_groups < 1 or 64 % num_groups):
+        raise ModelError(f"--groups {num_groups} does not divide all widths: use 1, 2, 4, 8, 16, 32 or 64")
+    if output_stride not in (8, 16, 32):
+        raise ModelError(f"--output_stride {output_stride}: choose 8, 16 or 32")
+    if len(multi_grid) != 3 or min(multi_grid) < 1:
+        raise ModelError("--multi_grid takes three positive rates, one for each block of layer4: 1 2 4")
+    if not aspp_rates or min(aspp_rates) < 1 or any(rate * 16 % output_stride for rate in aspp_rates):
+        raise ModelError("--aspp_rates are positive, and even at --output_stride 32, where they are halved")
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """The number format of convs: bfloat16 or float16 for "bf16" or "fp16", else float32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 class DeepLabv3(ResNet):
     """A torchvision ResNet whose last stages are dilated, with ASPP on top.
 
     Args:
         backbone: "resnet50", "resnet101" or "resnet152".
         num_classes: width of the logits.
-        num_groups: GroupNorm with that many groups everywhere; None is BatchNorm.
+        num_groups: GroupNorm with that many groups everywhere; None or 0 is BatchNorm.
         weight_std: weight standardisation of every conv but the classifier.
         beta: the stem is three 3x3 convs instead of one 7x7.
         output_stride: 8, 16 or 32, the ratio of the input's size to that of the last feature map.
@@ -141,38 +169,10 @@ class DeepLabv3(ResNet):
         aspp_rates: tuple[int, ...] = (6, 12, 18),
         image_pooling: bool = True,
     ):
-        if backbone not in LAYERS:
-            raise ModelError(f"--backbone {backbone}: choose one of {', '.join(LAYERS)}")
-        if not 1 <= num_classes <= 255:
-            raise ModelError(f"{num_classes} classes: a mask of bytes with 255 to ignore can hold 1 to 255")
-        if num_groups is not None and (num_groups < 1 or 64 % num_groups):
-            raise ModelError(
-                f"--groups {num_groups} does not divide the layers' widths: use 1, 2, 4, 8, 16, 32 or 64"
-            )
-        if output_stride not in (8, 16, 32):
-            raise ModelError(f"--output_stride {output_stride}: choose 8, 16 or 32")
-        if len(multi_grid) != 3 or min(multi_grid) < 1:
-            raise ModelError(
-                "--multi_grid takes three positive rates, one for each block of layer4, such as 1 2 4"
-            )
-        if not aspp_rates or min(aspp_rates) < 1 or any(rate * 16 % output_stride for rate in aspp_rates):
-            raise ModelError(
-                "--aspp_rates are positive, and even at --output_stride 32, where they are halved"
-            )
-        norm = (
-            partial(nn.GroupNorm, num_groups)
-            if num_groups
-            else partial(nn.BatchNorm2d, momentum=TRUNK_MOMENTUM)
-        )
-        dilate = (False, output_stride == 8, output_stride <= 16)
-        super().__init__(
-            Bottleneck, LAYERS[backbone], num_classes=1, replace_stride_with_dilation=dilate, norm_layer=norm
-        )
-        del self.avgpool, self.fc
-        self.config = {
+        config = {
             "backbone": backbone,
             "num_classes": num_classes,
-            "num_groups": num_groups,
+            "num_groups": num_groups or None,
             "weight_std": weight_std,
             "beta": beta,
             "output_stride": output_stride,
@@ -180,8 +180,19 @@ class DeepLabv3(ResNet):
             "aspp_rates": list(aspp_rates),
             "image_pooling": image_pooling,
         }
-        self.classes: list[str] | None = None  # names and colours, where `load` finds them in a checkpoint
-        self.palette: list[list[int]] | None = None
+        check_options(backbone, num_classes, num_groups, output_stride, multi_grid, aspp_rates)
+        norm = partial(nn.BatchNorm2d, momentum=TRUNK_MOMENTUM)
+        aspp_norm = partial(nn.BatchNorm2d, momentum=ASPP_MOMENTUM)
+        if num_groups:
+            norm = aspp_norm = partial(GroupNorm, num_groups)
+        dilate = (False, output_stride == 8, output_stride <= 16)
+        super().__init__(
+            Bottleneck, LAYERS[backbone], num_classes=1, replace_stride_with_dilation=dilate, norm_layer=norm
+        )
+        del self.avgpool, self.fc
+        self.config = config
+        self.classes: Sequence[str] | None = None  # names and colours, where they are known
+        self.palette: Sequence[Sequence[int]] | None = None
         self.bn_frozen = False
         if beta:
             self.conv1 = nn.Sequential(
@@ -194,7 +205,6 @@ class DeepLabv3(ResNet):
                 rate = 32 // output_stride * grid
                 block.conv2.dilation = block.conv2.padding = (rate, rate)
         rates = [rate * 16 // output_stride for rate in aspp_rates]
-        aspp_norm = norm if num_groups else partial(nn.BatchNorm2d, momentum=ASPP_MOMENTUM)
         self.aspp = ASPP(2048, num_classes, rates, image_pooling, aspp_norm)
 
         # torchvision has initialised its own layers: normal, std sqrt(2 / (k*k*out)). The new ones follow
@@ -215,10 +225,12 @@ class DeepLabv3(ResNet):
 
     def place(self, device: torch.device | str) -> "DeepLabv3":
         """Move to a device, in the memory format to use there."""
-        # channels_last is the faster one, but the CPU's GroupNorm loses precision in it: of the golden
-        # predictions of a GN+WS network, 97 to 99 % of the pixels agree instead of 99.96 %.
-        exact = torch.device(device).type == "cpu" and self.config["num_groups"]
-        self.memory_format = torch.contiguous_format if exact else torch.channels_last
+        # channels_last is the faster one. But the CPU's GroupNorm loses precision in it: of the golden
+        # predictions of a GN+WS network, 97 to 99 % of the pixels agree instead of 99.96 %. And MPS gives
+        # BatchNorm wrong gradients in it (pytorch issue 175189).
+        kind = torch.device(device).type
+        fast = kind == "cuda" or (kind == "cpu" and not self.config["num_groups"])
+        self.memory_format = torch.channels_last if fast else torch.contiguous_format
         return self.to(device, memory_format=self.memory_format)
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
@@ -234,11 +246,12 @@ class DeepLabv3(ResNet):
         return x.contiguous(memory_format=self.memory_format)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Normalised float (N, 3, H, W) to logits (N, num_classes, H, W), or of another `size`."""
-        size = size or x.shape[2:]
+        """Normalised float (N, 3, H, W) to logits (N, num_classes, H, W), or of another `size`, in the number
+        format of `x`, though autocast computes the convs in another."""
+        size, dtype = size or x.shape[2:], x.dtype
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return F.interpolate(self.aspp(x), size, mode="bilinear", align_corners=True)
+        return F.interpolate(self.aspp(x).to(dtype), size, mode="bilinear", align_corners=True)
 
     def scores(self, x: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
         """What to take the argmax of: the logits, or the softmax scores averaged over `scales` and left-right
@@ -259,17 +272,28 @@ class DeepLabv3(ResNet):
 
     @torch.inference_mode()
     def predict(
-        self, image: Image.Image, scales: Sequence[float] = (1.0,), flip: bool = False, max_side: int = 2049
+        self,
+        image: Image.Image | np.ndarray | str | os.PathLike,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        max_side: int = 2049,
     ) -> np.ndarray:
-        """Segment one PIL image, any mode and size, turned as its EXIF orientation says.
+        """Segment one image: a PIL image of any mode and size, turned as its EXIF orientation says, the path
+        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey.
 
         An image with a side longer than `max_side` is predicted at that size and the labels are enlarged,
         which bounds the memory.
 
         Returns:
             uint8 labels (H, W), of the turned image's size.
+
+        Raises:
+            OSError: if the file cannot be read.
         """
-        image = to_rgb(image)
+        if isinstance(image, str | os.PathLike):
+            with Image.open(image) as file:
+                image = to_rgb(file)
+        image = to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
         shrink = min(1.0, max_side / max(image.size))
         small = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
@@ -357,19 +381,8 @@ def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
     return model
 
 
-def resnet50(pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
-    """DeepLabv3 on ResNet-50; arguments as for `build`."""
-    return build("resnet50", pretrained, *args, **kwargs)
-
-
-def resnet101(pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
-    """DeepLabv3 on ResNet-101; arguments as for `build`."""
-    return build("resnet101", pretrained, *args, **kwargs)
-
-
-def resnet152(pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
-    """DeepLabv3 on ResNet-152; arguments as for `build`."""
-    return build("resnet152", pretrained, *args, **kwargs)
+# DeepLabv3 on these backbones; arguments as for `build`.
+resnet50, resnet101, resnet152 = (partial(build, backbone) for backbone in LAYERS)
 
 
 def load_imagenet(model: DeepLabv3) -> None:
@@ -399,7 +412,7 @@ def load_imagenet(model: DeepLabv3) -> None:
             )
         source = read_checkpoint(path)["state_dict"]
     else:
-        url = IMAGENET[config["backbone"]].url
+        url = get_model_weights(config["backbone"]).IMAGENET1K_V1.url
         path = os.path.join("data", os.path.basename(url))
         folder = "data" if os.path.exists(path) else None  # None is torch.hub's cache
         try:
@@ -496,14 +509,14 @@ def read_config(checkpoint: dict, path: str) -> dict:
     }
 
 
-def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
-    """Load a checkpoint of `read_checkpoint` into `model`, all of it.
+def differing_flags(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
+    """The flags in which `model` differs from the model of a checkpoint, with both values.
 
-    `num_batches_tracked` may be absent, as in some published files. The output stride may differ: no weight
-    depends on it.
+    The output stride may differ: no weight depends on it. Of a published checkpoint's groups and atrous rates
+    only their presence and their number are known, and of weight standardisation nothing.
 
     Raises:
-        ModelError: if the checkpoint is of another model (naming the flags that differ), or is damaged.
+        ModelError: as `read_config`.
     """
     flags = {
         "num_groups": "groups",
@@ -511,23 +524,29 @@ def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
         "image_pooling": "no_image_pooling",
     }
     saved, published = read_config(checkpoint, path), "model" not in checkpoint
+    known = {"num_groups": bool, "aspp_rates": len} if published else {}
+    unknown = {"output_stride", "weight_std"} if published else {"output_stride"}
     differing = []
-    for key, value in saved.items():
-        ours = model.config.get(key)
-        if published and key in (
-            "num_groups",
-            "aspp_rates",
-        ):  # only their presence and their number are known
-            same = bool(ours) == bool(value) if key == "num_groups" else len(ours) == len(value)
-        else:
-            same = ours == value or key == "output_stride" or (published and key == "weight_std")
-        if not same:
-            differing.append(f"--{flags.get(key, key)} (checkpoint: {value}, here: {ours})")
-    if differing:
-        raise ModelError(f"{path} was trained with other flags: {', '.join(differing)}")
+    for key in saved.keys() - unknown:
+        value, expected = saved[key], model.config.get(key)
+        shown = known.get(key, lambda value: value)
+        if shown(value) != shown(expected):
+            differing.append(f"--{flags.get(key, key)} (checkpoint: {value}, here: {expected})")
+    return sorted(differing)
 
-    state, ours = checkpoint["state_dict"], model.state_dict()
-    for key, tensor in ours.items():
+
+def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
+    """Load a checkpoint of `read_checkpoint` into `model`, all of it.
+
+    `num_batches_tracked` may be absent, as in some published files.
+
+    Raises:
+        ModelError: if the checkpoint is of another model (naming the flags that differ), or is damaged.
+    """
+    if differing := differing_flags(model, checkpoint, path):
+        raise ModelError(f"{path} was trained with other flags: {', '.join(differing)}")
+    state, expected = checkpoint["state_dict"], model.state_dict()
+    for key, tensor in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, tensor)
         elif key not in state or state[key].shape != tensor.shape:
@@ -537,7 +556,7 @@ def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
             raise ModelError(f"{path}: {key} is of type {state[key].dtype}, expected {tensor.dtype}")
         elif not state[key].isfinite().all():
             raise ModelError(f"{path}: {key} holds values that are not finite")
-    unknown = [key for key in state if key not in ours]
+    unknown = [key for key in state if key not in expected]
     if unknown:
         raise ModelError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
     model.load_state_dict(state)
@@ -552,34 +571,28 @@ def init_weights(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
     Raises:
         ModelError: as `load_weights`.
     """
-    state, ours = dict(checkpoint["state_dict"]), model.state_dict()
-    config = {**read_config(checkpoint, path), "num_classes": model.config["num_classes"]}
-    left_out = [
-        key
-        for key in ("aspp.conv3.weight", "aspp.conv3.bias")
-        if key in state and state[key].shape != ours[key].shape
-    ]
-    state.update({key: ours[key] for key in left_out})
-    load_weights(
-        model,
-        {**checkpoint, "state_dict": state, **({"model": config} if "model" in checkpoint else {})},
-        path,
-    )
+    state, own = dict(checkpoint["state_dict"]), model.state_dict()
+    classifier = ("aspp.conv3.weight", "aspp.conv3.bias")
+    left_out = [key for key in classifier if key in state and state[key].shape != own[key].shape]
+    state.update({key: own[key] for key in left_out})
+    checkpoint = {**checkpoint, "state_dict": state}
+    if "model" in checkpoint:
+        checkpoint["model"] = {**checkpoint["model"], "num_classes": model.config["num_classes"]}
+    load_weights(model, checkpoint, path)
     return left_out
 
 
-def load(path: str, device: torch.device | str = "cpu", output_stride: int | None = None) -> DeepLabv3:
-    """The model of a checkpoint, in eval mode; its `classes` and `palette` are None for a published file.
+def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:
+    """The model of a checkpoint of `read_checkpoint`; `classes` and `palette` are None for a published one.
 
-    `output_stride` overrides the one that it was trained with.
+    `options` are arguments of `DeepLabv3`: what a published checkpoint does not show, or another
+    `output_stride`.
 
     Raises:
-        ModelError: if the checkpoint cannot be used.
+        ModelError: if the checkpoint cannot be used, or was trained with other options.
     """
-    checkpoint = read_checkpoint(path)
-    config = dict(read_config(checkpoint, path))
     try:
-        model = DeepLabv3(**{**config, "output_stride": output_stride or config.get("output_stride", 16)})
+        model = DeepLabv3(**{**read_config(checkpoint, path), **options})
     except TypeError as error:
         raise ModelError(f"{path} does not say what model it holds") from error
     load_weights(model, checkpoint, path)
@@ -589,4 +602,27 @@ def load(path: str, device: torch.device | str = "cpu", output_stride: int | Non
             model.palette = np.array(checkpoint["palette"], np.uint8).reshape(len(model.classes), 3).tolist()
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"{path} does not name its classes and their colours") from error
-    return model.place(device).eval()
+    return model
+
+
+def load(path: str, device: torch.device | str = "cpu", **options) -> DeepLabv3:
+    """The model of a checkpoint file on a device, in eval mode; `options` as for `from_checkpoint`.
+
+    Raises:
+        ModelError: as `read_checkpoint` and `from_checkpoint`.
+    """
+    return from_checkpoint(read_checkpoint(path), path, **options).place(device).eval()
+
+
+def to_checkpoint(model: DeepLabv3) -> dict:
+    """The entries of a checkpoint from which `load` makes the model again.
+
+    `state_dict` has the names of the published format, whose other entries `epoch` and `optimizer` are the
+    training's.
+    """
+    return {
+        "state_dict": {f"module.{key}": tensor for key, tensor in model.state_dict().items()},
+        "model": model.config,
+        "classes": list(model.classes),
+        "palette": [list(color) for color in model.palette],
+    }

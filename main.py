@@ -1,261 +1,63 @@
 """Train DeepLabv3: `python main.py --train --exp NAME`. Evaluate it: the same command without `--train`."""
 
-import argparse
-import math
 import os
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Ctrl-C while torch is imported, which takes seconds: a line, no traceback.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"main.py: stopped by SIGINT\n") and os._exit(130))
+
+import argparse
+import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+import zlib
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
-from functools import partial
-from traceback import clear_frames
+from traceback import clear_frames, format_exception
+from typing import NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import check
+import datasets
 import deeplab
-from datasets import (
-    Cityscapes,
-    ListSegmentation,
-    SegmentationDataset,
-    Shapes,
-    TrainBatches,
-    VOCSegmentation,
-    make_voc_lists,
-    open_image,
-)
+import pictures
+import prediction
+import runs
+import utils
+from datasets import SegmentationDataset
 from deeplab import DeepLabv3, ModelError
-from utils import (
-    DOWNLOADS,
-    IGNORE_INDEX,
-    STOP_SIGNALS,
-    RunLog,
-    Stopped,
-    UserError,
-    add_legend,
-    checkpoint_path,
-    confusion_matrix,
-    download,
-    metrics,
-    mirrored,
-    outlive_stop_signals,
-    overlay,
-    percent,
-    poly_lr,
-    prune_checkpoints,
-    sample_sheet,
-    save_image,
-    save_json,
-    save_mask,
-    saved_checkpoints,
-    stop_now,
-    stop_signals,
-    table,
-    write_whole,
-)
+from downloads import download_all
+from evaluation import evaluate
+from flags import parse_args
+from utils import IGNORE_INDEX, LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
 
-DATASETS = {"pascal": VOCSegmentation, "cityscapes": Cityscapes, "custom": ListSegmentation, "shapes": Shapes}
-DATA_ROOTS = {"pascal": "data/VOCdevkit", "cityscapes": "data/cityscapes", "shapes": "data/shapes"}
-# What --dataset shapes sets unless a flag says otherwise: a run of minutes on a CPU.
-SHAPES_DEFAULTS = {
-    "backbone": "resnet50",
-    "scratch": True,
-    "groups": 32,
-    "weight_std": True,
-    "crop_size": 81,
-    "batch_size": 4,
-    "epochs": 4,
-    "base_lr": 0.02,
-    "workers": 2,
-}
-# The flags that the order of the samples and the schedule follow from: with others, a resumed run goes on
-# from an epoch's start.
-RUN_FLAGS = (
-    "dataset",
-    "data_root",
-    "crop_size",
-    "epochs",
-    "batch_size",
-    "base_lr",
-    "last_mult",
-    "freeze_bn",
-    "seed",
-)
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
-# Set by torchrun: the number of this process, of all, on this machine. Rank 0 prints and writes files.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FEW_SHAPES = 16  # of batches in evaluation: to tune the convs for each, or to compile
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"main.py: error: {message} (all flags: python main.py --help)\n" * (RANK == 0))
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, with the defaults that the data set brings."""
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("what to do").add_argument
-    add("--train", action="store_true", help="train; without it, evaluate")
-    add("--exp", metavar="NAME", help="name of the experiment, part of the checkpoints' names")
-    add(
-        "--resume",
-        metavar="PATH",
-        help="go on from this checkpoint; `auto` takes the newest of --exp, if any",
-    )
-    add("--init", metavar="PATH", help="start from these weights, but for the classifier if classes differ")
-    add("--checkpoint", metavar="PATH", help="evaluate this file instead of the one that the flags name")
-    add("--predict", metavar="PATH", nargs="+", help="segment these images, and those in these folders")
-    add("--out", metavar="DIR", default="data/predictions", help="where --predict writes masks and overlays")
-    names = ", ".join(DOWNLOADS)
-    add("--download", nargs="+", choices=DOWNLOADS, metavar="NAME", help=f"fetch to data/: {names}")
-    add(
-        "--url",
-        help="mirror for one --download NAME: the address of its file, or of the folder that holds it",
-    )
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="pascal", help="shapes is embedded and needs no files")
-    add("--data_root", metavar="DIR", help="where the data set lies, if not under data/")
-    splits = ("train", "val", "test")
-    add("--split", choices=splits, default="val", help="part to evaluate; test is for the servers")
-    add("--crop_size", type=positive, default=513, help="height and width of the training crops")
-    add("--workers", type=int, default=4, help="processes that load images; 0 loads in the main one")
-    add(
-        "--skip_bad",
-        action="store_true",
-        help="decode all files first, leave out the samples that are damaged",
-    )
-
-    add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=deeplab.LAYERS, default="resnet101", help="torchvision ResNet to build on")
-    add("--groups", type=int, help="GroupNorm with so many groups instead of BatchNorm (0)")
-    add("--weight_std", action=switch, default=False, help="weight standardisation of the convs")
-    add("--beta", action="store_true", help="three 3x3 convs as the stem instead of one 7x7")
-    strides = (8, 16, 32)
-    add(
-        "--output_stride", type=int, choices=strides, help="input size over feature map size; 16 if not given"
-    )
-    add("--multi_grid", type=positive, nargs=3, default=[1, 1, 1], help="relative rates in layer4")
-    rates = [6, 12, 18]
-    add("--aspp_rates", type=positive, nargs="+", default=rates, help="atrous rates at output stride 16")
-    add("--no_image_pooling", action="store_true", help="leave out ASPP's image-level branch")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=30, help="passes over the training list")
-    add("--batch_size", type=positive, default=16, help="images in one step, of all processes together")
-    add("--accum", type=positive, default=1, help="compute a batch in so many parts, to need less memory")
-    add("--base_lr", type=float, default=0.00025, help="initial learning rate")
-    add("--last_mult", type=float, default=1.0, help="learning rate of ASPP over that of the trunk")
-    add("--scratch", action=switch, default=False, help="do not start from ImageNet weights")
-    add("--freeze_bn", action="store_true", help="keep BatchNorm's statistics, scale and shift as they are")
-    add("--seed", type=int, default=0, help="the same seed gives the same run")
-    add(
-        "--save_every", type=positive, default=10, help="epochs between checkpoints; the last is always saved"
-    )
-    add("--save_every_iters", type=positive, help="iterations between further checkpoints, within epochs")
-    add("--keep", type=positive, help="keep only so many of the newest checkpoints, and the best one")
-    add("--log_every", type=positive, default=10, help="iterations between looks at the loss")
-    add("--tensorboard", action="store_true", help="write the log and samples for TensorBoard, too")
-
-    add = parser.add_argument_group("evaluation and prediction").add_argument
-    add("--eval_batch_size", type=positive, default=4, help="images in one forward pass")
-    add("--scales", type=float, nargs="+", default=[1.0], help="average the scores over these image sizes")
-    add("--flip", action="store_true", help="average them over the mirrored image, too")
-    add("--samples", type=int, default=8, help="rows of samples.png: image, truth, prediction")
-    add("--max_side", type=positive, default=2049, help="--predict shrinks longer images to this")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--gpu", type=int, help="number of the CUDA device, 0 if not given")
-    add("--device", help="cuda, cuda:1, mps or cpu instead of the best there is")
-    add("--amp", choices=AMP, help="number format of convs; if not given, bf16 to train on a GPU that has it")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the model: minutes at first, then faster; needs a compiler",
-    )
-
-    args = parser.parse_args(argv)
-    if args.url and len(args.download or ()) != 1:
-        parser.error("--url replaces the address of one --download NAME: give one NAME with it")
-    if args.url and not args.url.lower().startswith(("http://", "https://")):
-        parser.error(f"--url {args.url!r} is no http:// or https:// address; a file at hand goes to data/")
-    if args.download and args.train:
-        parser.error("--download only fetches: give --train to a second command")
-    if WORLD > 1 and (args.download or args.predict):
-        parser.error("--download and --predict run in one process: leave out torchrun")
-    if args.download:
-        return args
-    if args.dataset == "shapes":
-        parser.set_defaults(**SHAPES_DEFAULTS)
-        args = parser.parse_args(argv)
-        settings = {key: getattr(args, key) for key in SHAPES_DEFAULTS}
-        shown = [f"--{key}" if v is True else f"--{key} {v}" for key, v in settings.items() if v]
-        print(f"shapes has defaults of its own; this run has {' '.join(shown)}")
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint FILE")
-    if args.exp is None and not args.predict:
-        parser.error("--exp NAME is needed: it names the checkpoints; to try it out, add --dataset shapes")
-    if args.exp and os.path.basename(args.exp) != args.exp:
-        parser.error(f"--exp {args.exp!r} becomes part of a file's name: leave out the slashes")
-    if min(args.seed, args.workers, args.samples) < 0:
-        parser.error("--seed, --workers and --samples cannot be negative")
-    if not (0 <= args.base_lr < math.inf and 0 <= args.last_mult < math.inf):
-        parser.error("--base_lr and --last_mult are numbers from 0")
-    if not all(0.1 <= scale <= 4 for scale in args.scales):
-        parser.error("--scales are between 0.1 and 4")
-    if args.resume and args.init:
-        parser.error("--resume goes on with a run and --init begins one: leave one of them out")
-    if args.freeze_bn and args.groups:
-        parser.error("--freeze_bn has nothing to freeze with --groups")
-    if args.train and args.freeze_bn and args.scratch and not (args.resume or args.init):
-        parser.error("--freeze_bn with --scratch freezes what was never learnt: leave one of them out")
-    if not args.train and (args.resume or args.init):
-        parser.error("--resume and --init go with --train; to evaluate a file, use --checkpoint")
-    if WORLD > 1 and args.gpu is not None:
-        parser.error(
-            "--gpu is for one process: torchrun gives each its own; CUDA_VISIBLE_DEVICES narrows them"
-        )
-    if args.dataset == "custom" and not args.data_root and not args.predict:
-        parser.error(
-            "--dataset custom needs --data_root DIR, with list/train.txt, list/val.txt and classes.txt in DIR"
-        )
-    args.data_root = args.data_root or DATA_ROOTS.get(args.dataset)
-    return args
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer from 1."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+# ----------------------------------------------------------------------------------------------------------
+# device, data, model
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
-    """--device, else CUDA (--gpu picks, or torchrun), else Apple's MPS, else the CPU."""
-    if args.device:
-        name = args.device
-    elif torch.cuda.is_available():
+    """--device, else CUDA, else Apple's MPS, else the CPU; torchrun or --gpu number the CUDA device.
+
+    Raises:
+        UserError: if that device is not there, or cannot do what the flags ask for.
+    """
+    name = args.device or ("cuda" if args.gpu is not None or torch.cuda.is_available() else None)
+    name = name or ("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
+    if name == "cuda":
         name = f"cuda:{LOCAL_RANK if WORLD > 1 else args.gpu or 0}"
-    elif args.gpu is not None:
-        raise UserError(
-            f"--gpu {args.gpu}: there is no CUDA device here; leave the flag out to run without one"
-        )
-    else:
-        name = "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("choose cuda, cuda:1, mps or cpu")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         there = f" (there are {torch.cuda.device_count()} GPUs)" if name.startswith("cuda") else ""
@@ -264,65 +66,84 @@ def pick_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f"--amp fp16 needs a CUDA device, and this is {device.type}: use bf16 or none")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Training and evaluation have few sizes: find the fastest convs for each. Photos may all differ.
-        torch.backends.cudnn.benchmark = not args.predict
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convs have it by default
     return device
 
 
-def make_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -> DeepLabv3:
-    return deeplab.build(
-        args.backbone,
-        pretrained,
-        num_classes,
-        num_groups=args.groups or None,
-        weight_std=args.weight_std,
-        beta=args.beta,
-        output_stride=args.output_stride or 16,
-        multi_grid=args.multi_grid,
-        aspp_rates=args.aspp_rates,
-        image_pooling=not args.no_image_pooling,
-    )
-
-
-def open_dataset(args: argparse.Namespace, train: bool) -> SegmentationDataset:
-    """The data set of the flags, to train on, or to validate or evaluate on.
+def open_dataset(args: argparse.Namespace, split: str) -> SegmentationDataset:
+    """A part of the data set, in crops to train on if it is the part to train on.
 
     Raises:
         UserError: if a sample of it cannot be used, unless --skip_bad leaves it out.
     """
-    split = "train" if train else "val" if args.train else args.split
-    dataset = DATASETS[args.dataset](args.data_root, train, args.crop_size, args.seed, split)
+    crop_size = args.crop_size if args.train and split == "train" else None
+    dataset = datasets.DATASETS[args.dataset](args.data_root, split, crop_size, args.seed)
     faults = dataset.drop_bad(decode=args.skip_bad)
     if faults and (not args.skip_bad or not len(dataset)):
         way_out = "" if args.skip_bad else "; --skip_bad leaves such samples out"
         raise UserError(f"{faults[0]} ({len(faults)} of the {split} samples cannot be used{way_out})")
     if faults:
         print(f"left out {len(faults)} of the {split} samples, the first because of: {faults[0]}")
+    if dataset.has_masks and (unseen := dataset.unseen_classes()):
+        print(f"of these classes the {split} masks that were looked at have no pixel: {', '.join(unseen)}")
     return dataset
 
 
-def make_loader(
-    dataset: SegmentationDataset, batches, args: argparse.Namespace, device: torch.device
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=args.workers,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_stop_signals,
-    )
+def model_options(args: argparse.Namespace) -> dict:
+    """The arguments of `DeepLabv3` that the flags give."""
+    options = {
+        "backbone": args.backbone,
+        "num_groups": args.groups,
+        "weight_std": args.weight_std,
+        "beta": args.beta,
+        "output_stride": args.output_stride,
+        "multi_grid": args.multi_grid,
+        "aspp_rates": args.aspp_rates,
+        "image_pooling": None if args.no_image_pooling is None else not args.no_image_pooling,
+    }
+    return {key: value for key, value in options.items() if value is not None}
 
 
-def make_optimizer(model: DeepLabv3) -> torch.optim.SGD:
-    """SGD as in the paper, in two parameter groups, the trunk and ASPP; the loop sets their learning
-    rates."""
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv3, str]:
+    """The model to evaluate or to predict with, and the path of its checkpoint, which tells what it holds.
+
+    A published one tells its weights alone: the flags and their defaults say the rest, --dataset the classes.
+
+    Raises:
+        UserError, ModelError: if there is no such checkpoint, or it is of another model.
+    """
+    backbones = [args.backbone] if args.backbone else list(deeplab.LAYERS)
+    path = args.checkpoint or runs.find_checkpoint(backbones, args.dataset, args.exp, args.epochs)
+    checkpoint, options = deeplab.read_checkpoint(path), model_options(args)
+    if "model" in checkpoint:
+        model = deeplab.from_checkpoint(checkpoint, path, **options)
+    else:
+        labels = datasets.class_labels(args.dataset, args.data_root)
+        model = DeepLabv3(**{"backbone": "resnet101", **options}, num_classes=len(labels.classes))
+        deeplab.load_weights(model, checkpoint, path)
+        model.classes, model.palette = labels.classes, labels.palette
+    return model.place(device).eval(), path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# training
+
+
+def poly_lr(base_lr: float, iteration: int, max_iter: int) -> float:
+    """The paper's schedule: base_lr (1 - iteration / max_iter)^0.9, iterations counted from 0."""
+    return base_lr * (1 - iteration / max_iter) ** 0.9
+
+
+def make_optimizer(model: DeepLabv3, fused: bool = True) -> torch.optim.SGD:
+    """SGD as in the paper, in two parameter groups, trunk and ASPP, whose learning rates the loop sets.
+
+    Not `fused` with a loss scaler: the fused step spoils the momentum where the scaler skips a step.
+    """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     aspp = [p for name, p in trained if name.startswith("aspp.")]
     trunk = [p for name, p in trained if not name.startswith("aspp.")]
     groups = [{"params": trunk}, {"params": aspp}]
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=fused)
 
 
 def train_step(
@@ -331,36 +152,64 @@ def train_step(
     scaler: torch.amp.GradScaler,
     images: Tensor,
     masks: Tensor,
-    dtype: torch.dtype | None = None,
+    amp: str = "none",
     accum: int = 1,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """One step on this process' part of a batch: normalised images (N, 3, H, W) and uint8 masks (N, H, W).
 
     The loss is the mean cross-entropy of the labelled pixels of the whole batch, so that neither the number
-    of processes nor `accum`, the number of parts that are computed one after the other, changes it.
+    of processes nor `accum`, the number of parts that are computed one after the other, changes it. With the
+    `weights` of the classes it is the weighted mean, as torch's own loss.
 
     Returns:
         this process' share of the loss, a scalar on its device; the shares add up.
     """
     # Not reduction="mean": that is NaN for a batch without a labelled pixel, and this is 0.
     labelled = (masks != IGNORE_INDEX).sum()
+    if weights is not None:
+        labelled = F.pad(weights, (0, 256 - len(weights)))[masks.int()].sum()
     if WORLD > 1:
         dist.all_reduce(labelled)
-    labelled = labelled.clamp(min=1)
+    labelled = labelled.where(labelled > 0, 1)
     optimizer.zero_grad()
     loss_sum = 0
     parts = min(accum, len(images))
     for i, (x, y) in enumerate(zip(images.tensor_split(parts), masks.tensor_split(parts), strict=True), 1):
         # The processes exchange gradients in the last part's backward pass, and average them: hence WORLD.
         with net.no_sync() if WORLD > 1 and i < parts else nullcontext():
-            with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            with deeplab.autocast(images.device, amp):
                 logits = net(x)
-            loss = F.cross_entropy(logits, y.long(), ignore_index=IGNORE_INDEX, reduction="sum") / labelled
+            loss = F.cross_entropy(logits, y.long(), weights, ignore_index=IGNORE_INDEX, reduction="sum")
+            loss = loss / labelled
             scaler.scale(loss * WORLD).backward()
         loss_sum = loss_sum + loss.detach()
     scaler.step(optimizer)
     scaler.update()
     return loss_sum
+
+
+def loss_weights(
+    args: argparse.Namespace, dataset: SegmentationDataset, device: torch.device
+) -> Tensor | None:
+    """The weights of the classes that --class_weights asks for; "auto" counts the pixels of all masks.
+
+    Raises:
+        UserError: if there is not a weight for each class.
+    """
+    if not args.class_weights:
+        return None
+    if args.class_weights == ["auto"]:
+        counts = dataset.count_labels(range(len(dataset))[RANK::WORLD], "counting pixels")
+        for count in counts if WORLD > 1 else ():
+            dist.all_reduce(torch.from_numpy(count))
+        args.class_weights = counts.median_frequency(len(dataset.classes))
+    if len(args.class_weights) != len(dataset.classes):
+        given = f"--class_weights has {len(args.class_weights)} numbers for {len(dataset.classes)} classes"
+        raise UserError(f"{given}: {', '.join(dataset.classes)}")
+    shown = (f"{name} {float(w):.3g}" for name, w in zip(dataset.classes, args.class_weights, strict=True))
+    print(f"weights of the classes in the loss: {', '.join(shown)}")
+    return torch.tensor([float(weight) for weight in args.class_weights], device=device)
 
 
 def smallest_batch(args: argparse.Namespace, device: torch.device, length: int) -> int:
@@ -387,24 +236,30 @@ def smallest_batch(args: argparse.Namespace, device: torch.device, length: int) 
     return smallest
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """The run of --train, from the first or the resumed iteration to the last checkpoint."""
-    torch.manual_seed(args.seed)
-    dataset = open_dataset(args, train=True)
-    validation = open_dataset(args, train=False)
-    print(f"{len(dataset)} images to train on, {len(validation)} to validate, {len(dataset.classes)} classes")
-    min_last = smallest_batch(args, device, len(dataset))
-    batches = TrainBatches(len(dataset), args.batch_size, args.epochs, args.seed, min_last, RANK, WORLD)
+def start_model(
+    args: argparse.Namespace,
+    device: torch.device,
+    run: runs.Run,
+    batches: datasets.TrainBatches,
+    dataset: SegmentationDataset,
+) -> tuple[DeepLabv3, torch.optim.SGD, torch.amp.GradScaler, runs.Place]:
+    """Model, optimizer, scaler and place of a new run or of a resumed one.
 
-    resume, saved = args.resume, saved_checkpoints(args)
+    Raises:
+        UserError, ModelError: if the weights or the checkpoint to start from cannot be used.
+    """
+    resume = args.resume
     if resume == "auto":
+        saved = run.saved()
         resume = saved[-1].path if saved else None
-    elif saved and not resume:
-        print(f"{saved[-1].path} is of an earlier run; without --resume, this one writes over such files")
-    model = make_model(args, len(dataset.classes), pretrained=not (args.scratch or resume or args.init))
+        if not resume:
+            print(f"--exp {run.exp} has no checkpoint to resume from: starts anew")
+    options = {**model_options(args), "num_classes": len(dataset.classes)}
+    model = deeplab.build(pretrained=not (args.scratch or resume or args.init), **options)
+    model.classes, model.palette = dataset.classes, dataset.palette
     if args.init:
         left_out = deeplab.init_weights(model, deeplab.read_checkpoint(args.init), args.init)
-        print(f"starts from {args.init}{', but for ' * bool(left_out)}{' and '.join(left_out)}")
+        print(f"starts from {args.init}", *(["but for", " and ".join(left_out)] if left_out else []))
     model.fit_bn_momentum(batches.max_iter)
     if args.freeze_bn:
         model.freeze_bn()
@@ -413,380 +268,344 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     elif WORLD > 1 and not args.groups:
         print("BatchNorm takes statistics in each process by itself: only GPUs can share them")
     model.place(device)
-    optimizer = make_optimizer(model)
-    amp = args.amp or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "none")
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    optimizer, place = make_optimizer(model, fused=not scaler.is_enabled()), runs.Place()
     if resume:
         checkpoint = deeplab.read_checkpoint(resume)
         deeplab.load_weights(model, checkpoint, resume)
-        batches.start = load_progress(checkpoint, optimizer, scaler, batches, args, resume)
-        print(f"resumed from {resume}: iteration {batches.start} of {batches.max_iter}")
+        flags = vars(args)
+        place = runs.load_progress(checkpoint, resume, optimizer, scaler, batches.per_epoch, flags)
+        print(f"resumed from {resume}: iteration {place.iteration} of {batches.max_iter}")
+    return model, optimizer, scaler, place
 
+
+def check_same_start(model: DeepLabv3, batches: datasets.TrainBatches, val_set: SegmentationDataset) -> None:
+    """Raises:
+    UserError: if the processes, on several machines say, do not start alike: their exchanges would hang.
+    """
+    mine = {"iteration": batches.start, "iterations": batches.max_iter, "validation images": len(val_set)}
+    if batches.start:  # new weights need not agree: those of the first process go to all
+        mine["weights"] = zlib.crc32(model.aspp.conv3.weight.detach().cpu().contiguous().numpy())
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, mine)
+    for what, value in everyone[0].items():
+        others = [each.get(what) for each in everyone]
+        if any(other != value for other in others):
+            different = f"the processes do not start alike ({what}: {', '.join(map(str, others))})"
+            raise UserError(f"{different}: each machine needs the same flags, data and checkpoints")
+
+
+def due(done: int, per_epoch: int, max_iter: int, args: argparse.Namespace) -> str | None:
+    """What comes after iteration `done`, counted from 1: "validate" (and save), "save", "look" or nothing."""
+    epochs_done, within = divmod(done, per_epoch)
+    if done == max_iter or (not within and epochs_done % args.save_every == 0):
+        return "validate"
+    if args.save_every_iters and done % args.save_every_iters == 0:
+        return "save"
+    if not within or done % args.log_every == 0:
+        return "look"
+    return None
+
+
+def stop_asked() -> bool:
+    """Whether a stop signal has come to this process, or to any other."""
+    asked = torch.tensor(len(utils.noted_signals))
+    if WORLD > 1:
+        dist.all_reduce(asked)  # a tensor of the CPU: the GPUs are not waited for
+    return asked.item() > 0
+
+
+class Window:
+    """The iterations since the last look at the loss."""
+
+    def __init__(self, start: int, device: torch.device):
+        self.start, self.began, self.loss_sum = start, time.perf_counter(), torch.zeros((), device=device)
+
+
+def look(window: Window, done: int, batch_size: int, model: DeepLabv3 | None = None) -> dict:
+    """The mean loss of the window and the images per second. Only here does the CPU wait for the device.
+
+    Raises:
+        UserError: if the loss is not finite, or a weight of `model`, which is about to be saved.
+    """
+    loss = window.loss_sum.cpu()
+    if WORLD > 1:
+        dist.all_reduce(loss)
+    loss = loss.item() / (done - window.start)
+    if model and not all(p.isfinite().all() for p in model.parameters()):
+        loss = math.nan  # the last step broke the weights, and its loss did not show it yet
+    if not math.isfinite(loss):
+        way_out = "lower --base_lr; the last checkpoint is from before that"
+        raise UserError(f"the loss is {loss} at iteration {done}: {way_out}")
+    rate = (done - window.start) * batch_size / (time.perf_counter() - window.began)
+    return {"loss": loss, "images_per_second": rate}
+
+
+def show(row: dict, mean_iou: float | None, bar: tqdm, args: argparse.Namespace) -> None:
+    """A row of the log on the bar, or as a line of text where the output is no terminal."""
+    rate = row["images_per_second"]
+    status = f"loss {row['loss']:.4f}, lr {row['lr']:.2g}, {rate:.1f} img/s, mean IoU {percent(mean_iou)}"
+    bar.set_postfix_str(status)
+    if bar.disable:
+        left = timedelta(seconds=round((bar.total - row["iteration"]) * args.batch_size / rate))
+        progress = f"epoch {row['epoch']}/{args.epochs}, iteration {row['iteration']}/{bar.total}"
+        print(f"{progress}, {status}, {left} left", flush=True)
+
+
+def validate(
+    model: DeepLabv3, dataset: SegmentationDataset, args: argparse.Namespace, device: torch.device, saved: str
+) -> dict:
+    """`evaluate` a model in training, whose checkpoint has just been saved."""
+    if WORLD > 1:
+        for buffer in model.buffers():  # BatchNorm's statistics, which CPUs do not share in training
+            dist.broadcast(buffer, 0)
+    torch.backends.cudnn.benchmark = len(dataset.eval_shapes(args.eval_batch_size)) <= FEW_SHAPES
+    try:
+        return evaluate(model.fuse(), dataset, device, **evaluation_options(args))
+    except Stopped:
+        raise Stopped(go_on(saved)) from None
+    finally:
+        torch.backends.cudnn.benchmark = True
+
+
+def go_on(saved: str) -> str:
+    return f"{saved} is saved: the same command with --resume auto goes on from there"
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """The run of --train, from the first or the resumed iteration to the last checkpoint."""
+    # data
+    torch.manual_seed(args.seed)
+    train_set, val_set = open_dataset(args, "train"), open_dataset(args, "val")
+    print(
+        f"{len(train_set)} images to train on, {len(val_set)} to validate, {len(train_set.classes)} classes"
+    )
+    smallest, weights = smallest_batch(args, device, len(train_set)), loss_weights(args, train_set, device)
+    batches = datasets.TrainBatches(
+        len(train_set), args.batch_size, args.epochs, args.seed, smallest, RANK, WORLD
+    )
+
+    # model
+    run = runs.Run(args.backbone, args.dataset, args.exp)
+    model, optimizer, scaler, place = start_model(args, device, run, batches, train_set)
+    batches.start = place.iteration
     if batches.start >= batches.max_iter:
         print(f"all {args.epochs} epochs are done: nothing is left to train")
         return
-
-    log = RunLog(args.exp, batches.start, args.tensorboard) if RANK == 0 else None
     net = model
     if args.compile:
         model.compile(dynamic=False)
     if WORLD > 1:
-        devices = [device] if device.type == "cuda" else None
-        net = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        check_same_start(model, batches, val_set)
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = args.amp or ("bf16" if has_bf16 else "none")
+
+    # loop
+    torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
+    log = runs.RunLog(run, place, args.tensorboard) if RANK == 0 else None
+    window, mean_iou = Window(batches.start, device), None
     bar = tqdm(
-        make_loader(dataset, batches, args, device),
+        datasets.load_batches(train_set, batches, args.workers, device),
         total=batches.max_iter,
         initial=batches.start,
         unit="it",
         disable=True if RANK else None,
         dynamic_ncols=True,
     )
-    stop = []
-
-    def stop_later(number: int, frame) -> None:
-        """Let the iteration end, and a checkpoint be written; a second signal does not wait for that."""
-        stop.append(number)
-        if WORLD == 1:  # torchrun passes on what its processes have had from the terminal
-            for each in STOP_SIGNALS:
-                signal.signal(each, stop_now)
-
-    mean_iou = None
-    loss_sum, log_start, log_time = torch.zeros((), device=device), batches.start, time.perf_counter()
     model.train()
-    with stop_signals(stop_later):
-        for iteration, (images, masks, sizes) in enumerate(bar, batches.start):
-            lr = poly_lr(args.base_lr, iteration, batches.max_iter)
-            trunk, aspp = optimizer.param_groups
-            trunk["lr"], aspp["lr"] = lr, lr * args.last_mult
+    for iteration, (images, masks, sizes) in enumerate(bar, batches.start):
+        lr = poly_lr(args.base_lr, iteration, batches.max_iter)
+        trunk, aspp = optimizer.param_groups
+        trunk["lr"], aspp["lr"] = lr, lr * args.last_mult
+        x = model.normalize(images, sizes)
+        window.loss_sum += train_step(net, optimizer, scaler, x, masks, amp, args.accum, weights)
 
-            images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
-            masks = masks.to(device, non_blocking=True)
-            x = model.normalize(images, sizes)
-            loss_sum += train_step(net, optimizer, scaler, x, masks, AMP[amp], args.accum)
-
-            done = iteration + 1
-            epochs_done, within = divmod(done, batches.per_epoch)
-            saves = not within and (epochs_done % args.save_every == 0 or done == batches.max_iter)
-            saves_within = not saves and args.save_every_iters and done % args.save_every_iters == 0
-            if within and done % args.log_every and not saves_within and not (stop and WORLD == 1):
-                continue
-
-            # The loss is read from the device only now, so that the device does not wait in every iteration.
-            # Processes tell each other, too, whether one of them is to stop.
-            report = torch.stack([loss_sum, torch.full_like(loss_sum, len(stop))])
-            if WORLD > 1:
-                dist.all_reduce(report)
-            loss, stops = report.tolist()
-            loss /= done - log_start
-            writes = saves or saves_within or stops
-            if writes and not all(p.isfinite().all() for p in model.parameters()):
-                loss = math.nan  # the last step broke the weights, and its loss did not show it yet
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at iteration {done}: lower --base_lr (now {args.base_lr}); the last "
-                    "checkpoint is from before that"
-                )
-            rate = (done - log_start) * args.batch_size / (time.perf_counter() - log_time)
-            epoch = iteration // batches.per_epoch + 1
-            row = {"epoch": epoch, "iteration": done, "lr": lr, "loss": loss, "images_per_second": rate}
-            status = f"loss {loss:.4f}, lr {lr:.2g}, {rate:.1f} img/s, mean IoU {percent(mean_iou)}"
-            bar.set_postfix_str(status)
-            if bar.disable:
-                left = timedelta(seconds=round((batches.max_iter - done) * args.batch_size / rate))
-                progress = f"epoch {epoch}/{args.epochs}, iteration {done}/{batches.max_iter}"
-                print(f"{progress}, {status}, {left} left", flush=True)
-            path = checkpoint_path(args, epochs_done, None if saves else done)
+        done = iteration + 1
+        task, stops = due(done, batches.per_epoch, batches.max_iter, args), stop_asked()
+        if not task and not stops:
+            continue
+        saves = stops or task in ("save", "validate")
+        row = {"epoch": iteration // batches.per_epoch + 1, "iteration": done, "lr": lr}
+        row.update(look(window, done, args.batch_size, model if saves else None))
+        show(row, mean_iou, bar, args)
+        if log:
+            log.write(row)  # before the checkpoint: a run resumed from it finds it there
+        epochs_done = done // batches.per_epoch
+        path = run.checkpoint(epochs_done, 0 if task == "validate" else done)
+        if saves and log:
+            entries, place = deeplab.to_checkpoint(model), runs.Place(epochs_done, done, log.best)
+            runs.save_checkpoint(path, entries, optimizer, scaler, place, batches.per_epoch, vars(args))
+        if stops:
+            raise Stopped(go_on(path))
+        if task == "validate":
+            result = validate(model, val_set, args, device, path)
+            mean_iou = row["val_mean_iou"] = result["mean_iou"]
+            bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
             if log:
-                log.write(row)  # before the checkpoint: a run resumed from it finds it there
-            if writes and RANK == 0:
-                save_checkpoint(path, model, optimizer, scaler, epochs_done, done, args, dataset)
-            if saves and not stops:
-                with stop_signals(stop_now):
-                    result = evaluate(model, validation, args, device)
-                model.train()
-                mean_iou = row["val_mean_iou"] = result["mean_iou"]
-                bar.write(f"epoch {epoch}: saved {path}, mean IoU {percent(mean_iou)}")
-                if log:
-                    log.write(row, result["samples"])
-            if log and writes:
-                prune_checkpoints(args, path, log.best_epoch)
-            if stops:
-                bar.close()
-                number = stop[0] if stop else signal.SIGTERM
-                raise Stopped(number, f"saved {path}: the same command with --resume auto goes on from there")
-            loss_sum.zero_()
-            log_start, log_time = done, time.perf_counter()
+                log.write(row, result["samples"])
+        if saves and log:
+            run.prune(path, args.keep, log.best.epoch if log.best else None)
+        window = Window(done, device)
     if log:
         log.close()
     if device.type == "cuda":
         print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
 
-def save_checkpoint(path, model, optimizer, scaler, epoch, iteration, args, dataset) -> None:
-    """Write the keys of the published format, and what ours adds to them."""
-    checkpoint = {
-        "epoch": epoch,
-        "state_dict": {f"module.{key}": tensor for key, tensor in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "iteration": iteration,
-        "model": model.config,
-        "classes": list(dataset.classes),
-        "palette": [list(color) for color in dataset.palette],
-        "flags": vars(args),
+# ----------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluation_options(args: argparse.Namespace) -> dict:
+    """The arguments of `evaluate` that are flags."""
+    return {
+        "batch_size": args.eval_batch_size,
+        "workers": args.workers,
+        "scales": args.scales,
+        "flip": args.flip,
+        "amp": args.amp,
+        "samples": args.samples,
     }
-    write_whole(path, partial(torch.save, checkpoint))
-
-
-def load_progress(checkpoint, optimizer, scaler, batches, args, path) -> int:
-    """Take the state of optimizer and scaler from a checkpoint, and return the iteration to go on from.
-
-    No random state is needed: what is drawn for a sample follows from (seed, epoch, index).
-    """
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler.is_enabled() and checkpoint.get("scaler"):
-            scaler.load_state_dict(checkpoint["scaler"])
-        epoch, flags = int(checkpoint["epoch"]), dict(checkpoint.get("flags", {}))
-        iteration = int(checkpoint.get("iteration", epoch * batches.per_epoch))
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
-    changed = [
-        f"--{key} {value} to {getattr(args, key)}"
-        for key, value in flags.items()
-        if key in RUN_FLAGS and getattr(args, key) != value
-    ]
-    if changed:
-        print(f"the run goes on with other flags: {', '.join(changed)}")
-    return epoch * batches.per_epoch if changed else iteration
-
-
-@torch.inference_mode()
-def evaluate(
-    model: DeepLabv3,
-    dataset: SegmentationDataset,
-    args: argparse.Namespace,
-    device: torch.device,
-    folder: str | None = None,
-) -> dict:
-    """Predict a whole data set and compare it with the truth; several processes take turns with the batches.
-
-    Returns the measures of `utils.metrics`, the `confusion` matrix, and a picture of some `samples`. Writes
-    the predictions as PNGs of the images' own sizes to `folder`, if given: with the palette, or as the test
-    server wants them.
-    """
-    model = model.fuse()
-    if args.compile:
-        from torch._inductor import config  # takes seconds, so only where it is of use
-
-        config.freezing = True  # weights without gradients are constants, packed as the convs want them
-        model.compile(dynamic=False)  # for each shape anew: there are few
-    batches = dataset.eval_batches(args.eval_batch_size)
-    own = batches[RANK::WORLD]
-    loader = iter(make_loader(dataset, own, args, device))
-    confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.int64, device=device)
-    wanted = set(np.linspace(0, len(dataset) - 1, min(args.samples, len(dataset))).astype(int).tolist())
-    samples, writing, predicted = {}, [], None
-    bar = tqdm(
-        total=len(dataset),
-        desc="evaluating",
-        unit="img",
-        disable=True if RANK else None,
-        leave=False,
-        dynamic_ncols=True,
-    )
-    with ThreadPoolExecutor() as writers, bar:
-        for turn in range(math.ceil(len(batches) / WORLD) + 1):
-            before, predicted = predicted, None
-            if turn < len(own):
-                images, masks, sizes = next(loader)
-                x = model.normalize(images.to(device, non_blocking=True), sizes.to(device, non_blocking=True))
-                with torch.autocast(
-                    device.type, AMP[args.amp or "none"], enabled=args.amp in ("bf16", "fp16")
-                ):
-                    predictions = model.scores(x, args.scales, args.flip).argmax(1).byte()
-                confusion += confusion_matrix(
-                    predictions, masks.to(device, non_blocking=True), len(dataset.classes)
-                )
-                predicted = own[turn], images, masks, sizes, predictions
-
-            # While a GPU works on that, the batch before it is brought home.
-            results = []
-            if before:
-                indices, images, masks, sizes, predictions = before
-                for i, (index, prediction) in enumerate(zip(indices, predictions.cpu().numpy(), strict=True)):
-                    h, w = sizes[i].tolist()
-                    sample = (images[i, :, :h, :w], masks[i, :h, :w]) if index in wanted else None
-                    results.append((index, prediction[:h, :w], sample))
-            if WORLD > 1:
-                parts = [None] * WORLD
-                dist.gather_object(results, parts if RANK == 0 else None)
-                results = sum(parts, []) if RANK == 0 else []
-            for future in writing:
-                future.result()  # raises what went wrong; and never more than a batch waits to be written
-            writing = []
-            for index, labels, sample in results:
-                if sample:
-                    image, truth = sample
-                    image = Image.fromarray(image.permute(1, 2, 0).numpy())
-                    samples[index] = (image, truth.numpy(), labels)
-                if folder:
-                    writing.append(writers.submit(dataset.save, folder, index, labels, args.split))
-            bar.update(len(results))
-        for future in writing:
-            future.result()
-    if WORLD > 1:
-        dist.all_reduce(confusion)
-    sheet = sample_sheet([samples[i] for i in sorted(samples)], dataset.classes, dataset.palette)
-    return {**metrics(confusion), "confusion": confusion.tolist(), "samples": sheet}
 
 
 def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
-    """The command without --train: load the checkpoint, evaluate, print, write pictures and metrics.json."""
-    path = args.checkpoint or checkpoint_path(args, args.epochs)
-    dataset = open_dataset(args, train=False)
-    checkpoint = deeplab.read_checkpoint(path)
-    model = make_model(args, len(dataset.classes), pretrained=False)
-    deeplab.load_weights(model, checkpoint, path)
-    model.place(device)
+    """The command without --train: load the checkpoint, evaluate, write pictures and metrics.json, print."""
+    model, path = open_model(args, device)
+    dataset = open_dataset(args, args.split)
+    if len(model.classes) != len(dataset.classes):
+        counts = f"{len(model.classes)} classes, but --dataset {args.dataset} has {len(dataset.classes)}"
+        raise UserError(f"{path} was trained with {counts}: name its own by --dataset and --data_root")
+    if list(model.classes) != list(dataset.classes):
+        print(f"{path} was trained with other names of the classes: {', '.join(model.classes)}")
+    shapes = len(dataset.eval_shapes(args.eval_batch_size)) * len(args.scales)
+    torch.backends.cudnn.benchmark = shapes <= FEW_SHAPES
+    if args.compile and shapes > FEW_SHAPES:
+        raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
+    model = model.fuse()
     folder = os.path.join("data", args.split, os.path.splitext(os.path.basename(path))[0])
-    result = evaluate(model, dataset, args, device, folder)
+    with ExitStack() as stack:
+        if args.compile:
+            from torch._dynamo import config as dynamo  # takes seconds, so only where it is of use
+            from torch._inductor import config as inductor
+
+            stack.enter_context(dynamo.patch(cache_size_limit=FEW_SHAPES))  # recompile_limit, since torch 2.7
+            stack.enter_context(inductor.patch(freezing=True))  # the weights, packed as the convs want them
+            model.compile(dynamic=False)  # for each shape anew
+        result = evaluate(model, dataset, device, **evaluation_options(args), folder=folder)
     if RANK:
         return
-    if args.split == "test":
-        print(f"the predictions for the test server are in {folder}/results")
+    if not dataset.has_masks:
+        print(f"without masks there is nothing to compare with: the predictions are in {folder}")
         return
-    iou = dict(zip(dataset.classes, result["iou"], strict=True))
-    print(table(dataset.classes, result))
+    samples, iou = result.pop("samples"), dict(zip(dataset.classes, result["iou"], strict=True))
+    pictures.save_image(f"{folder}/samples.png", samples)
+    about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
+    utils.save_json(f"{folder}/metrics.json", {**result, "iou": iou, **about})
+    print(utils.table(dataset.classes, result))
     for name, value in iou.items():
         print(f"IoU {name}: {percent(value)}")
     print(f"Mean IoU: {percent(result['mean_iou'])}")
-    save_image(f"{folder}/samples.png", result.pop("samples"))
-    save_json(f"{folder}/metrics.json", {**result, "iou": iou, "checkpoint": path, "flags": vars(args)})
     print(f"predictions, samples.png and metrics.json are in {folder}")
 
 
-def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
-    """The command with --predict: a palette mask and an overlay for each image. Returns how many failed."""
-    checkpoint = deeplab.read_checkpoint(args.checkpoint)
-    if "model" in checkpoint:
-        model = deeplab.load(args.checkpoint, device, args.output_stride)
-    else:  # a published file says nothing beyond its weights
-        dataset = DATASETS[args.dataset]
-        if issubclass(dataset, ListSegmentation):  # whose classes stand in a file
-            if not args.data_root:
-                raise UserError(
-                    f"{args.checkpoint} does not name its classes: --data_root DIR has classes.txt"
-                )
-            dataset = dataset(args.data_root, train=False)
-        model = make_model(args, len(dataset.classes), pretrained=False)
-        deeplab.load_weights(model, checkpoint, args.checkpoint)
-        model.classes, model.palette = dataset.classes, dataset.palette
-        model.place(device).eval()
+# ----------------------------------------------------------------------------------------------------------
+# command
 
-    paths = []
-    for path in args.predict:
-        if os.path.isdir(path):
-            names = sorted(os.listdir(path))
-            paths += [os.path.join(path, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_ENDINGS]
-        else:
-            paths.append(path)
-    if not paths:
-        raise UserError(
-            f"no images in {', '.join(args.predict)}: --predict takes image files, and folders of them"
-        )
-    model, failed, taken = model.fuse(), 0, set()
-    for path in tqdm(paths, desc="predicting", unit="img", disable=None):
-        try:
-            image = deeplab.to_rgb(open_image(path))
-        except UserError as error:
-            print(f"main.py: error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        with torch.autocast(device.type, AMP[args.amp or "none"], enabled=args.amp in ("bf16", "fp16")):
-            labels = model.predict(image, args.scales, args.flip, args.max_side)
-        stem = os.path.splitext(os.path.basename(path))[0]
-        while stem in taken:  # images of one name, from several folders or in several formats
-            stem += "_"
-        taken.add(stem)
-        save_mask(f"{args.out}/{stem}_mask.png", labels, model.palette)
-        picture = overlay(image, labels, model.palette)
-        picture = add_legend(picture, np.unique(labels), model.classes, model.palette)
-        save_image(f"{args.out}/{stem}_overlay.jpg", picture)
-    print(f"{len(paths) - failed} of {len(paths)} images: masks and overlays are in {args.out}")
+
+def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
+    """The command with --predict: a mask and an overlay for each image. Returns how many failed."""
+    files = prediction.image_files(args.predict, args.out)
+    model, _ = open_model(args, device)
+    options = args.scales, args.flip, args.max_side, args.amp
+    failed = prediction.predict_files(model.fuse(), files, args.out, *options)
+    print(f"{len(files) - failed} of {len(files)} images: masks and overlays are in {args.out}")
     return failed
 
 
-def run_download(args: argparse.Namespace) -> None:
-    """The command with --download."""
-    for name in args.download:
-        for file, url in mirrored(DOWNLOADS[name], args.url):
-            try:
-                download(file, url)
-            except UserError as error:
-                if file.name != "list.zip":
-                    raise
-                print(f"{error}; without it, the lists are made from the masks")
-                make_voc_lists(DATA_ROOTS["pascal"])
+def run_check(args: argparse.Namespace) -> int:
+    """The command with --check: what the data set holds, and its faults. Returns how many there are."""
+    parts, faults = [], []
+    for split in ("train", "val"):
+        try:
+            dataset = datasets.DATASETS[args.dataset](args.data_root, split)
+            parts.append(check.Part(split, dataset))
+        except UserError as error:
+            faults.append(str(error))
+    if parts:
+        name = os.path.basename(os.path.abspath(args.data_root)) if args.dataset == "custom" else args.dataset
+        faults += check.report(parts, f"data/check/{name}.png")
+    for fault in dict.fromkeys(faults):
+        print(f"main.py: error: {fault}", file=sys.stderr)
+    print(f"{len(faults)} faults" if faults else "no fault was found")
+    return len(faults)
 
 
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
-    """An error as one line for the user, or None if it is none of theirs."""
-    message = " ".join(str(error).split())
-    if isinstance(error, (UserError, ModelError)):
-        # From a loader's worker it comes with the worker's traceback, and the message is its last line.
-        return str(error).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+    """An error that the user can do something about as one line, or None for another."""
+    if isinstance(error, UserError | ModelError):
+        return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        sizes = (
-            f"--batch_size {args.batch_size} of --crop_size {args.crop_size} in --accum {args.accum} parts"
-        )
-        way_out = "raise --accum, or lower the others (in evaluation --eval_batch_size and --scales)"
-        return f"out of memory on the GPU with {sizes}: {way_out}"
-    if "shared memory" in message:
-        return (
-            "too little shared memory for batches: lower --workers, or allow more (docker run --shm-size 8g)"
-        )
-    if message.startswith("DataLoader worker (pid"):
-        return f"{message.rstrip('.')}: lower --workers if the machine lacks memory"
-    if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in message):
-        way_out = "--resume auto goes on from the last checkpoint"
-        return f"another process has ended, see there; {way_out} ({message[:100]})"
+        if args.train:
+            have = f"--batch_size {args.batch_size}, --crop_size {args.crop_size} and --accum {args.accum}"
+            return f"out of memory on the GPU with {have}: raise --accum, or lower the others"
+        way_out = "--max_side or --scales" if args.predict else "--eval_batch_size or --scales"
+        return f"out of memory on the GPU: lower {way_out}"
+    if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        way_out = "see there; --resume auto goes on from the last checkpoint"
+        return f"another process has ended, {way_out} ({' '.join(str(error).split())[:100]})"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     return None
 
 
+def run(args: argparse.Namespace) -> int:
+    """One command; returns the exit status."""
+    if args.download:
+        download_all(args.download, args.url)
+        return 0
+    if args.check:
+        return int(run_check(args) > 0)
+    device = pick_device(args)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if args.predict:
+        return int(run_prediction(args, device) > 0)
+    (train if args.train else run_evaluation)(args, device)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def leave(status: int, line: str | None) -> NoReturn:
+    """Exit with a line on stderr."""
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if WORLD > 1:
+        os._exit(status)  # the tidy way out of NCCL waits for the other processes, which may be gone
+    sys.exit(status)
+
+
 def main(argv: list[str] | None = None) -> None:
+    sys.stdout, sys.stderr = utils.Output(None if RANK else sys.stdout), utils.Output(sys.stderr)
     args = parse_args(argv)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for as long as the process
     try:
-        with stop_signals(stop_now):
-            if args.download:
-                return run_download(args)
-            device = pick_device(args)
-            if WORLD > 1:
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            if args.train:
-                train(args, device)
-            elif args.predict:
-                sys.exit(run_prediction(args, device) > 0)
-            else:
-                run_evaluation(args, device)
-            if WORLD > 1:
-                dist.destroy_process_group()
+        with utils.stop_signals():
+            status = run(args)
     except Stopped as stopped:
-        clear_frames(stopped.__traceback__)
-        number, message = stopped.args
-        if RANK == 0:
-            print(f"\nmain.py: stopped by {signal.Signals(number).name}; {message}", file=sys.stderr)
-        sys.exit(128 + number)
-    except (UserError, ModelError, OSError, RuntimeError) as error:
+        clear_frames(stopped.__traceback__)  # they hold the loader, whose workers would hold up the exit
+        number = signal.Signals(utils.noted_signals[0] if utils.noted_signals else signal.SIGTERM)
+        line = "; ".join([f"\nmain.py: stopped by {number.name}", *stopped.args])
+        leave(128 + number, None if RANK else line)
+    except Exception as error:
         message = explain(error, args)
-        if message is None:
+        if message is None and WORLD == 1:
             raise
-        clear_frames(error.__traceback__)  # they hold the loader, whose workers would hold up the exit
-        sys.exit(f"main.py: {f'rank {RANK}: ' * (WORLD > 1)}error: {message}")
+        clear_frames(error.__traceback__)
+        message = message or "".join(format_exception(error))
+        leave(1, f"main.py: rank {RANK}: error: {message}" if WORLD > 1 else f"main.py: error: {message}")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

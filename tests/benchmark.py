@@ -31,7 +31,10 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 import deeplab
 import main
 from datasets import VOC_CLASSES, SegmentationDataset
-from utils import confusion_matrix, voc_palette
+from evaluation import evaluate
+from masks import Labels
+from pictures import voc_palette
+from utils import confusion_matrix
 
 SIZE = 513  # of crops and of padded images
 GFLOP = 142  # of a forward pass of resnet101 at that size
@@ -49,7 +52,7 @@ def draw_photos(folder: str, count: int) -> SegmentationDataset:
         pairs.append((f"{folder}/{i}.jpg", f"{folder}/{i}.png"))
         Image.fromarray(photo).save(pairs[-1][0], quality=90)
         Image.fromarray(mask).save(pairs[-1][1])
-    return SegmentationDataset(pairs, VOC_CLASSES, voc_palette(21), False, SIZE, eval_size=(SIZE, SIZE))
+    return SegmentationDataset(pairs, Labels(VOC_CLASSES, voc_palette(21)), eval_size=(SIZE, SIZE))
 
 
 def compare(ours: Callable, baseline: Callable, rounds: int, sync: Callable) -> tuple[float, float, float]:
@@ -74,7 +77,7 @@ def plain_sample(image_path: str, mask_path: str, rng: np.random.Generator) -> t
         image, mask = image.transpose(flip), mask.transpose(flip)
     scale = 2 ** rng.uniform(-1, 1)
     size = [round(side * scale) for side in image.size]
-    image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
+    image, mask = image.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.NEAREST)
     image = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     image, mask = (image - MEAN) / STD, torch.from_numpy(np.array(mask)).long()
     padding = [0, max(0, SIZE - size[0]), 0, max(0, SIZE - size[1])]
@@ -107,7 +110,7 @@ def plain_evaluate(model: nn.Module, dataset: SegmentationDataset, device: torch
 def input_rows(dataset: SegmentationDataset) -> list[tuple]:
     """Whole batches, as a worker of the loader makes them."""
     rng, dataset = np.random.default_rng(0), copy.copy(dataset)
-    dataset.train = True
+    dataset.crop_size = SIZE
 
     def ours():
         epoch = int(rng.integers(1 << 30))
@@ -165,21 +168,25 @@ def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
     cuda = device.type == "cuda"
     backbone, crop, batch = ("resnet101", SIZE, 16) if cuda else ("resnet50", 129, 4)
 
-    def stepper(placed: bool, dtype: torch.dtype | None = None, **norm) -> Callable:
+    def stepper(placed: bool, amp: str = "none", **norm) -> Callable:
         model = deeplab.build(backbone, False, **norm).train().to(device)
         model = model.place(device) if placed else model
         optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
         images = torch.randn(batch, 3, crop, crop, device=device)
         images = images.contiguous(memory_format=model.memory_format)
         masks = torch.randint(0, 21, (batch, crop, crop), device=device).byte()
-        return lambda: main.train_step(model, optimizer, scaler, images, masks, dtype)
+        return lambda: main.train_step(model, optimizer, scaler, images, masks, amp)
 
-    rows, gn = [], {"num_groups": 32}
-    for what, ours, baseline in (
+    rows, gn, ws = [], {"num_groups": 32}, {"num_groups": 32, "weight_std": True}
+    steps = [
         ("", stepper(True), stepper(False)),
-        (", bfloat16", stepper(True, torch.bfloat16), stepper(False)),
-        (", GN: with WS and without", stepper(True, weight_std=True, **gn), stepper(True, **gn)),
-    ):
+        (", bfloat16", stepper(True, "bf16"), stepper(False)),
+        (", GN: with WS and without", stepper(True, **ws), stepper(True, **gn)),
+    ]
+    if cuda:
+        layouts = stepper(True, "bf16", **ws), stepper(False, "bf16", **ws)
+        steps.append((", GN+WS, bfloat16: channels_last and contiguous", *layouts))
+    for what, ours, baseline in steps:
         a, b, ratio = compare(ours, baseline, 5, sync)
         what = f"training step, {backbone}, {batch} crops of {crop}{what}"
         rows.append((what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
@@ -187,11 +194,11 @@ def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
 
 
 def evaluation_rows(dataset: SegmentationDataset, device: torch.device, sync: Callable) -> list[tuple]:
-    args = main.parse_args(["--exp", "x", "--workers", "4" if device.type == "cuda" else "0"])
-    plain, placed = deeplab.resnet101(False).eval().to(device), deeplab.resnet101(False).place(device)
-    n = len(dataset)
-    ours, baseline = partial(main.evaluate, placed, dataset, args), partial(plain_evaluate, plain, dataset)
-    a, b, ratio = compare(lambda: ours(device), lambda: baseline(device), 2, sync)
+    plain, fused = deeplab.resnet101(False).eval().to(device), deeplab.resnet101(False).fuse().place(device)
+    n, workers = len(dataset), 4 if device.type == "cuda" else 0
+    dataset.drop_bad()
+    ours = partial(evaluate, fused, dataset, device, workers=workers)
+    a, b, ratio = compare(ours, partial(plain_evaluate, plain, dataset, device), 2, sync)
     return [("evaluation, images", f"{n / a:.2f} /s", f"{n / b:.2f} /s", ratio)]
 
 
@@ -227,7 +234,7 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = draw_photos(folder, 16)
         few = copy.copy(dataset)
-        few.pairs = dataset.pairs[: 16 if cuda else 8]
+        few.pairs = dataset.pairs.take(range(16 if cuda else 8))
         for measure, *inputs in (
             (input_rows, dataset),
             (forward_rows, device, sync, 30 if cuda else 4),

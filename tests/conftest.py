@@ -4,7 +4,11 @@ images."""
 import importlib.util
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,7 @@ weights = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(weights)
 
 TINY = Path(__file__).parent / "tiny.py"
+NETWORK = ["--groups", 32, "--weight_std", "--aspp_rates", 6, "--no_image_pooling"]  # the smallest there is
 SMALL = ["--backbone", "resnet50", "--scratch", "--crop_size", 33, "--batch_size", 4, "--workers", 0]
 NORMS = {"bn": {}, "gn_ws": {"num_groups": 32, "weight_std": True}, "beta": {"beta": True}}
 
@@ -60,11 +65,26 @@ def make_list_dataset(
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_accelerators(request, monkeypatch):
+    """Tests are of the CPU, where the numbers are exact, but for those of test_cuda.py."""
+    if request.module.__name__ != "test_cuda":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that a test starts
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Flags of a run on a small data set of 6 training images; a resnet50 has one block a stage meanwhile."""
     monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
     return ["--dataset", "custom", "--data_root", make_list_dataset(tmp_path / "set"), *SMALL]
+
+
+@pytest.fixture
+def smallest(small):
+    """The same with the smallest network."""
+    return [*small, *NETWORK]
 
 
 def weights_of(path):
@@ -99,3 +119,113 @@ def cli(tmp_path, monkeypatch, capsys):
         return status, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A data set of 3 classes and a checkpoint that has learnt its training images."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = make_list_dataset(folder / "set", train=8, val=2)
+    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, "--crop_size", 65]
+    flags += ["--epochs", 20, "--base_lr", 0.02, "--groups", 32, "--weight_std"]
+    flags += ["--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main.main([str(word) for word in flags])
+    return folder / "data/deeplab_resnet50_custom_v3_x_epoch20.pth", root
+
+
+def spoil(kind: str, path: Path) -> None:
+    """Write a checkpoint with this flaw."""
+    model = deeplab.resnet50(False, 3, num_groups=32, weight_std=True, aspp_rates=[6], image_pooling=False)
+    state = model.state_dict()
+    key = "layer4.0.conv2.weight"
+    if kind == "nan":
+        state[key].view(-1)[7] = torch.nan
+    elif kind == "integers":
+        state[key] = state[key].int()
+    elif kind == "lacks one":
+        del state[key]
+    elif kind == "one too many":
+        state["more"] = torch.zeros(3)
+    elif kind == "another shape":
+        state[key] = state[key][1:]
+    elif kind == "no tensor":
+        state[key] = 3
+    config = {"model": {"backbone": [1], "num_classes": {}}} if kind == "no model" else {}
+    torch.save(
+        {"epoch": 1, "state_dict": state, **config},
+        path,
+        _use_new_zipfile_serialization="legacy" not in kind,
+    )
+    if "cut" in kind:
+        os.truncate(path, path.stat().st_size * 2 // 3)
+    elif kind == "text":
+        path.write_text("404: Not Found\n" * 100)
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few bytes whose header promises 40,000 x 40,000 pixels."""
+    header = b"IHDR" + (40_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
+
+
+def damage(kind: str, path: Path) -> None:
+    image = path.read_bytes()
+    path.unlink()
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("<html>")
+    elif kind == "bomb":
+        bomb(path)
+    elif kind == "cut":
+        path.write_bytes(image[: len(image) // 2])
+    elif kind == "other size":
+        Image.new("RGB", (10, 10)).save(path)
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory) -> list[tuple[str, str]]:
+    """10,000 tiny images and their masks, of three sizes."""
+    folder, rng, pairs = tmp_path_factory.mktemp("many"), np.random.RandomState(0), []
+    for i in range(10_000):
+        side = 7 + i % 3
+        pairs.append((f"{folder}/{i}.ppm", f"{folder}/{i}.pgm"))
+        Image.fromarray(rng.randint(0, 256, (side, 9, 3), dtype=np.uint8)).save(pairs[-1][0])
+        Image.fromarray(rng.randint(0, 3, (side, 9), dtype=np.uint8)).save(pairs[-1][1])
+    return pairs
+
+
+def memory() -> float:
+    """What this process holds, in MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells memory by /proc")
+
+
+def torchrun(folder: Path, script: Path, *argv: object, processes: int = 2) -> subprocess.Popen:
+    """Processes of a script; what they print goes to `folder`/out and `folder`/err."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parents[1])}
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=environment)
+
+
+def wait_for(path: Path, run: subprocess.Popen) -> None:
+    while not path.exists() or "iteration" not in path.read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+
+
+def children(run: subprocess.Popen) -> list[int]:
+    path = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    if not path.exists():
+        run.kill()
+        pytest.skip("no /proc here to find the processes by")
+    return [int(word) for word in path.read_text().split()]

@@ -10,15 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import main
-from datasets import SegmentationDataset, TrainBatches, random_crop, read_classes, read_list
-from utils import UserError, confusion_matrix, metrics, voc_palette
+from datasets import SegmentationDataset, TrainBatches, random_crop
+from flags import parse_args
+from lists import read_list
+from masks import IGNORE, Labels, read_classes
+from pictures import voc_palette
+from utils import UserError, confusion_matrix, metrics
 
 settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("tests")
 
+SAMPLES = ["a", "a b c", "road 1 2 3", "/a /a", "a a", "a 1 2 256", "ignore = 0", "b = 255", "c 1 2 3 = 7 8"]
 names = st.text(st.characters(codec="utf-8"), max_size=12)
-lines = st.lists(st.one_of(names, st.sampled_from(["a", "a b c", "road 1 2 3", "/a /a", "a a", "a 1 2 256"])))
+lines = st.lists(st.one_of(names, st.sampled_from(SAMPLES)))
 contents = st.one_of(st.binary(max_size=60), lines.map(lambda rows: "\n".join(rows).encode()))
 
 
@@ -27,26 +31,30 @@ def test_classes_file(tmp_path_factory, content):
     path = Path(tmp_path_factory.getbasetemp()) / "classes.txt"
     path.write_bytes(content)
     try:
-        classes, palette = read_classes(str(path))
+        labels = read_classes(str(path))
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:
-        assert 1 <= len(classes) == len(set(classes)) == len(palette) <= 255
-        assert all(len(color) == 3 and min(color) >= 0 and max(color) <= 255 for color in palette)
+        count = len(labels.classes)
+        assert 1 <= count == len(set(labels.classes)) == len(labels.palette) <= 255
+        assert IGNORE not in labels.classes
+        assert all(len(color) == 3 and min(color) >= 0 and max(color) <= 255 for color in labels.palette)
+        assert set(labels.values.values()) - {255} == set(range(count))
+        assert set(labels.colors.values()) - {255} <= set(range(count))
 
 
 @given(content=contents)
 def test_list_file(tmp_path_factory, content):
     root = Path(tmp_path_factory.getbasetemp()) / "lists"
     (root / "list").mkdir(parents=True, exist_ok=True)
-    (root / "a").touch()
     (root / "list/val.txt").write_bytes(content)
     try:
         pairs = read_list(str(root), "val", "remedy")
     except UserError as error:
         assert "val.txt" in str(error) and "\n" not in str(error)
     else:
-        assert pairs and all(Path(path).is_file() for pair in pairs for path in pair)
+        assert len(pairs) == pairs.masked > 0
+        assert all(path.startswith(f"{root}/") for i in range(len(pairs)) for path in pairs[i])
 
 
 values = st.one_of(
@@ -54,15 +62,13 @@ values = st.one_of(
     st.floats().map(str),
     st.sampled_from(["x", "auto", "", "shapes", "custom", "pascal", "resnet50", "bf16", "val", "8"]),
 )
-flags = st.one_of(
-    values, st.sampled_from(sorted({f"--{key}" for key in vars(main.parse_args(["--exp", "x"]))}))
-)
+flags = st.one_of(values, st.sampled_from(sorted({f"--{key}" for key in vars(parse_args(["--exp", "x"]))})))
 
 
 @given(words=st.lists(flags, max_size=8))
 def test_flags(words, capsys):
     try:
-        args = main.parse_args(["--exp", "x", *words])
+        args = parse_args(["--exp", "x", *words])
     except SystemExit as stop:
         err = capsys.readouterr().err
         assert stop.code == 2 and err.startswith("main.py: error: ") and err.count("\n") == 1
@@ -84,12 +90,11 @@ def test_crop_of_any_size(size, crop_size, seed, labels):
         crop.shape[1:] == cut.shape and max(cut.shape) <= crop_size and crop.dtype == cut.dtype == torch.uint8
     )
     assert set(cut.unique().tolist()) <= set(mask.unique().tolist())
-    assert image.min() <= crop.min() and crop.max() <= image.max()
-    for train in (True, False):
-        dataset = SegmentationDataset([], ["a"], voc_palette(1), train, crop_size)
+    for size in (crop_size, None):
+        dataset = SegmentationDataset([], Labels("a", voc_palette(1)), size)
         height, width = dataset.padded_size(*cut.shape)
         assert height >= cut.shape[0] and width >= cut.shape[1]
-        assert train or (height % 32 == width % 32 == 1 and height - cut.shape[0] < 32 > width - cut.shape[1])
+        assert size or (height % 32 == width % 32 == 1 and height - cut.shape[0] < 32 > width - cut.shape[1])
         images, masks, (shape,) = dataset.collate([(crop, cut)])
         h, w = shape.tolist()
         assert torch.equal(images[0, :, :h, :w], crop) and torch.equal(masks[0, :h, :w], cut)

@@ -1,18 +1,22 @@
-"""The command line as a user has it: train, evaluate, resume, and one line for each thing that is wrong."""
+"""The command line as a user has it: train, evaluate, and one line for each thing that is wrong."""
 
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, SMALL, golden_state, make_list_dataset, needs_shared, one_line, same_weights
+from conftest import NETWORK, SHARED, SMALL, TINY, make_list_dataset, needs_shared, one_line, same_weights
 from PIL import Image
 
 import deeplab
 import main
+from flags import make_parser, parse_args
+from utils import UserError
 
 MAIN = Path(main.__file__)
 
@@ -40,7 +44,7 @@ def test_train_evaluate_and_the_files_they_write(cli, small, tmp_path):
     assert list(printed) == ["IoU a", "IoU b", "IoU c", "Mean IoU"]
     assert printed["Mean IoU"] == f"{100 * result['mean_iou']:.2f}"
     assert set(result) == {
-        *("mean_iou", "iou", "pixel_accuracy", "mean_accuracy", "confusion", "checkpoint", "flags")
+        *("mean_iou", "iou", "pixel_accuracy", "mean_accuracy", "confusion", "checkpoint", "model", "flags")
     }
     # The pictures hold the predictions that were counted, at the images' own sizes.
     confusion = np.zeros((3, 3), int)
@@ -52,30 +56,6 @@ def test_train_evaluate_and_the_files_they_write(cli, small, tmp_path):
     assert result["confusion"] == confusion.tolist()
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_compiled_code_evaluates_alike(cli, small, tmp_path):
-    torch.manual_seed(0)
-    torch.save({"state_dict": deeplab.resnet50(False, 3).state_dict()}, tmp_path / "x.pth")
-    counts = []
-    for flags in ([], ["--compile"]):
-        assert cli("--exp", "x", "--checkpoint", "x.pth", *small, *flags)[0] == 0
-        counts.append(json.loads((tmp_path / "data/val/x/metrics.json").read_text())["confusion"])
-    plain, compiled = np.array(counts)
-    assert np.abs(plain - compiled).sum() <= 1e-3 * plain.sum()
-
-
-def test_class_that_appears_nowhere_is_left_out(cli, tmp_path):
-    root = make_list_dataset(tmp_path / "set", classes=("a", "b", "c", "nowhere"))
-    model = deeplab.resnet50(False, 4)
-    model.aspp.conv3.bias.data[3] = -1e9
-    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "x.pth")
-    status, out, _ = cli(
-        "--exp", "x", "--dataset", "custom", "--data_root", root, "--checkpoint", "x.pth", *SMALL
-    )
-    assert status == 0 and "IoU nowhere: -\n" in out
-    assert json.loads((tmp_path / "data/val/x/metrics.json").read_text())["iou"]["nowhere"] is None
-
-
 def test_same_seed_same_run_whatever_the_workers(cli, small, tmp_path):
     for exp, seed, workers in (("a", 0, 0), ("b", 0, 2), ("c", 1, 0)):
         assert (
@@ -83,32 +63,6 @@ def test_same_seed_same_run_whatever_the_workers(cli, small, tmp_path):
         )
     a, b, c = (tmp_path / f"data/deeplab_resnet50_custom_v3_{exp}_epoch1.pth" for exp in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
-
-
-def test_resume_equals_the_uninterrupted_run(cli, small, tmp_path):
-    flags = ["--epochs", 3, "--save_every", 1, "--train", *small]
-    assert cli("--exp", "whole", *flags)[0] == 0
-    (tmp_path / "data").rename(tmp_path / "whole")
-    assert (
-        cli("--exp", "x", *flags, "--resume", tmp_path / "whole/deeplab_resnet50_custom_v3_whole_epoch1.pth")[
-            0
-        ]
-        == 0
-    )
-    end = tmp_path / "whole/deeplab_resnet50_custom_v3_whole_epoch3.pth"
-    assert same_weights(end, tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth")
-
-    (tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth").unlink()
-    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto")
-    assert status == 0 and "x_epoch2.pth: iteration 4 of 6" in out
-    assert same_weights(end, tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth")
-
-    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto", "--base_lr", 1, "--seed", 1)
-    assert "goes on with other flags: --base_lr 0.00025 to 1.0, --seed 0 to 1" in out
-    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto")
-    assert status == 0 and "nothing is left to train" in out
-    status, out, _ = cli("--exp", "new", *flags, "--resume", "auto", "--epochs", 1)
-    assert status == 0 and "resumed" not in out
 
 
 def test_last_batch_of_one_image(cli, tmp_path):
@@ -120,6 +74,28 @@ def test_last_batch_of_one_image(cli, tmp_path):
     assert status == 0 and "iteration 2/2," in out
     status, _, err = cli(*small, "--batch_size", 1)
     assert status == 1 and "--freeze_bn" in err
+
+
+def test_class_weights(cli, small, tmp_path):
+    """Median frequency balancing, against its definition; remembered in the checkpoint."""
+    flags = ["--train", "--exp", "x", "--epochs", 1, *small]
+    status, out, _ = cli(*flags, "--class_weights", "auto")
+    checkpoint = torch.load(tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch1.pth", weights_only=True)
+    masks = [np.array(Image.open(tmp_path / f"set/masks/train{i}.png")) for i in range(6)]
+    frequency = []
+    for label in range(3):
+        having = [mask for mask in masks if (mask == label).any()]
+        frequency.append(sum((mask == label).sum() for mask in having) / sum(mask.size for mask in having))
+    expected = [np.median(frequency) / each for each in frequency]
+    assert checkpoint["flags"]["class_weights"] == pytest.approx(expected)
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip("abc", expected, strict=True))
+    assert status == 0 and f"weights of the classes in the loss: {shown}\n" in out
+    assert cli(*flags, "--class_weights", 1, 1, 1, "--exp", "ones")[0] == 0
+    assert cli(*flags, "--exp", "none")[0] == 0
+    paths = [tmp_path / f"data/deeplab_resnet50_custom_v3_{exp}_epoch1.pth" for exp in ("x", "ones", "none")]
+    assert same_weights(*paths[1:]) and not same_weights(*paths[:2])
+    status, _, err = cli(*flags, "--class_weights", 1, 1)
+    assert status == 1 and one_line(err) and "2 numbers for 3 classes: a, b, c" in err
 
 
 def test_loss_that_is_not_finite_ends_the_run(cli, small, tmp_path):
@@ -141,31 +117,103 @@ def test_short_run_of_bn_evaluates_as_well_as_it_trains(cli, tmp_path):
     assert status == 0 and float(out.split("mean IoU ")[-1]) > 60
 
 
-@needs_shared
-@pytest.mark.parametrize("kind", ["bn", "gn_ws"])
-def test_published_checkpoint_evaluates_to_the_golden_counts(cli, tmp_path, kind):
-    """A file in the published format and at the published name, on real photos, through the command of the
-    README."""
-    name = f"deeplab_resnet101_pascal_v3_{kind}_epoch50"
-    (tmp_path / "data").mkdir()
-    state = {f"module.{key}": tensor for key, tensor in golden_state(kind).items()}
-    torch.save({"epoch": 50, "state_dict": state, "optimizer": {}}, tmp_path / "data" / f"{name}.pth")
-    root = SHARED / "voc_sample/VOCdevkit"
-    norm = ["--groups", 32, "--weight_std"] if kind == "gn_ws" else []
-    assert cli("--exp", kind, "--epochs", 50, "--data_root", root, "--workers", 0, *norm)[0] == 0
+def test_poly_lr():
+    assert main.poly_lr(0.007, 0, 100) == 0.007
+    assert main.poly_lr(0.007, 50, 100) == pytest.approx(0.007 * 0.5**0.9)
+    assert 0 < main.poly_lr(0.007, 99, 100) < 0.0002
 
-    golden = np.load(SHARED / f"golden/preds_{kind}.npz")
-    same = total = 0
-    for stem in golden:
-        prediction = np.array(Image.open(tmp_path / "data/val" / name / f"{stem}.png"))
-        assert prediction.shape == golden[stem].shape
-        same, total = same + (prediction == golden[stem]).sum(), total + prediction.size
-    assert same / total >= 0.999
-    confusion = np.array(json.loads((tmp_path / "data/val" / name / "metrics.json").read_text())["confusion"])
-    counts = json.loads((SHARED / f"golden/eval_{kind}.json").read_text())
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    assert np.abs(confusion.diagonal() - counts["inter"]).sum() <= 1e-3 * confusion.sum()
-    assert np.abs(union - counts["union"]).sum() <= 2e-3 * confusion.sum()
+
+@needs_shared
+def test_camvid_is_a_custom_data_set(cli, tmp_path):
+    """The real street scenes, through the commands of the README: training, evaluation, prediction."""
+    root = tmp_path / "camvid"
+    shutil.copytree(SHARED / "camvid/list", root / "list")
+    (root / "list").chmod(0o755)
+    for name in ("train.txt", "val.txt"):
+        (root / "list" / name).chmod(0o644)
+        lines = (root / "list" / name).read_text().splitlines()[:4]
+        (root / "list" / name).write_text("\n".join(lines))
+    for name in ("images", "masks", "classes.txt"):
+        (root / name).symlink_to(SHARED / "camvid" / name)
+    flags = ["--exp", "cam", "--dataset", "custom", "--data_root", root, *SMALL, "--epochs", 2]
+    status, out, _ = cli("--train", *flags)
+    assert status == 0 and "4 images to train on, 4 to validate, 11 classes" in out
+    status, out, _ = cli(*flags)
+    assert status == 0 and "IoU bicyclist:" in out
+    photo = next((SHARED / "camvid/images").iterdir())
+    checkpoint = "data/deeplab_resnet50_custom_v3_cam_epoch2.pth"
+    assert cli("--predict", photo, "--checkpoint", checkpoint, "--out", "out")[0] == 0
+    assert Image.open(tmp_path / f"out/{photo.stem}_mask.png").size == (480, 360)
+
+
+def test_name_of_the_longest_experiment(cli, smallest, tmp_path):
+    name = "é" * 60
+    assert cli("--train", "--exp", name, "--epochs", 1, "--save_every_iters", 1, *smallest)[0] == 0
+    assert cli("--exp", name, *smallest[:4])[0] == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "| head -n 1", "2>&1 | head -n 1"])
+def test_training_outlives_its_listeners(smallest, tmp_path, closed):
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 3, "--log_every", 1]
+    words = " ".join(f"'{word}'" for word in [sys.executable, TINY, *flags])
+    shell = ["bash", "-c", f"set -o pipefail; {words} {closed}"]
+    run = subprocess.run(shell, cwd=tmp_path, capture_output=True)
+    assert run.returncode == 0 and (tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth").exists()
+    assert b"Traceback" not in run.stderr and b"ignored" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "name"),
+    [
+        ([], 1, "cuda:0"),
+        (["--gpu", "2"], 1, "cuda:2"),
+        (["--device", "cuda"], 1, "cuda:0"),
+        (["--device", "cuda", "--gpu", "2"], 1, "cuda:2"),
+        (["--device", "cuda:1"], 1, "cuda:1"),
+        ([], 4, "cuda:3"),
+        (["--device", "cuda"], 4, "cuda:3"),
+    ],
+)
+def test_device_on_a_machine_with_gpus(monkeypatch, flags, world, name):
+    def refuse(*args, device):
+        raise RuntimeError(f"asked for {device}")
+
+    for module in (main, sys.modules["flags"]):
+        monkeypatch.setattr(module, "WORLD", world)
+    monkeypatch.setattr(main, "LOCAL_RANK", world - 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(UserError, match=f"asked for {name}$"):
+        main.pick_device(parse_args(["--exp", "x", *flags]))
+
+
+def test_gpus_of_torchrun_cannot_be_picked(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["flags"], "WORLD", 2)
+    for flags in (["--device", "cuda:1"], ["--gpu", "1"]):
+        with pytest.raises(SystemExit):
+            parse_args(["--exp", "x", *flags])
+        assert flags[0] in (err := capsys.readouterr().err) and one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("done", "flags", "expected"),
+    [  # two epochs of 30 iterations
+        (1, [], None),
+        (10, [], "look"),
+        (30, [], "look"),  # the end of an epoch
+        (30, ["--save_every", "1"], "validate"),
+        (30, ["--save_every", "1", "--save_every_iters", "30"], "validate"),
+        (30, ["--save_every_iters", "30"], "save"),
+        (45, ["--save_every_iters", "15"], "save"),
+        (46, ["--save_every_iters", "15"], None),
+        (50, ["--save_every_iters", "25"], "save"),
+        (46, ["--log_every", "23"], "look"),
+        (60, [], "validate"),  # the end of the run
+        (60, ["--save_every_iters", "1"], "validate"),
+    ],
+)
+def test_what_is_due_after_an_iteration(done, flags, expected):
+    assert main.due(done, 30, 60, parse_args(["--train", "--exp", "x", *flags])) == expected
 
 
 @pytest.mark.parametrize(
@@ -177,13 +225,31 @@ def test_published_checkpoint_evaluates_to_the_golden_counts(cli, tmp_path, kind
         (["--exp", "x", "--dataset", "imagenet"], "--dataset"),
         (["--exp", "x", "--dataset", "custom"], "needs --data_root"),
         (["--exp", "x", "--seed", "-1"], "--seed"),
+        (["--exp", "x", "--seed", str(2**64)], "--seed"),
+        (["--train", "--exp", ""], "--exp NAME is needed"),
+        (["--exp", "x" * 225], "use at most 120 letters"),
+        (["--exp", "x\ny"], "leave out slashes and line ends"),
+        (["--train", "--exp", "x", "--split", "train"], "--split is for evaluation"),
         (["--exp", "x", "--resume", "auto"], "--resume and --init go with --train"),
         (["--exp", "x", "--gpu", "99"], "99"),
         (["--exp", "x", "--device", "toaster"], "device toaster cannot be used"),
-        (["--exp", "x"], "VOC2012/list/val.txt"),
-        (["--exp", "x", "--train"], "--download pascal"),
-        (["--exp", "x", "--dataset", "cityscapes"], "leftImg8bit_trainvaltest.zip"),
+        (["--exp", "x", "--device", "meta"], "device meta cannot be used: choose cuda, cuda:1, mps or cpu"),
+        (["--exp", "x", "--device", "cuda:99"], "device cuda:99 cannot be used (there are"),
+        (["--exp", "x", "--device", "cpu", "--gpu", "0"], "leave one of them out"),
+        (["--predict", "x.jpg", "--checkpoint", "x.pth", "--compile"], "--compile is for training"),
+        (["--exp", "x"], "there is no data/deeplab_*_pascal_v3_x_epoch*.pth"),
+        (["--exp", "x", "--backbone", "resnet50", "--epochs", "7"], "resnet50_pascal_v3_x_epoch7.pth"),
+        (["--exp", "x", "--train"], "VOC2012/list/train_aug.txt (No such file or directory)"),
+        (["--exp", "x", "--train", "--dataset", "cityscapes"], "leftImg8bit_trainvaltest.zip"),
+        (["--exp", "x", "--train", "--checkpoint", "x.pth"], "--checkpoint"),
+        (["--exp", "x", "--train", "--predict", "x.jpg"], "not allowed with argument"),
+        (["--train", "--download", "resnet101"], "not allowed with argument"),
         (["--exp", "x", "--wrong"], "--wrong"),
+        (["--train", "--exp", "x", "--class_weights", "1", "-1"], "--class_weights"),
+        (["--train", "--exp", "x", "--class_weights", "1", "auto"], "--class_weights"),
+        (["--train", "--check"], "not allowed with argument"),
+        (["--check", "--dataset", "custom"], "needs --data_root"),
+        (["--exp", "x", "--scales", "1", "0"], "--scales"),
     ],
 )
 def test_wrong_flags_and_missing_data(cli, flags, message):
@@ -210,6 +276,59 @@ def test_training_flags_without_meaning(cli, small, tmp_path, flags, message):
     assert not (tmp_path / "data").exists()
 
 
+def test_evaluation_asks_the_checkpoint_what_it_is(cli, smallest, tmp_path):
+    """No flag of the model is needed, nor the number of epochs; given and different, they are an error."""
+    data = smallest[:4]
+    assert cli("--train", "--exp", "x", *smallest, "--epochs", 2, "--save_every", 1)[0] == 0
+    for flags, epoch in (([], 2), (["--epochs", 1], 1), (smallest[4:], 2)):
+        status, out, _ = cli("--exp", "x", *data, *flags)
+        assert status == 0 and f"custom_v3_x_epoch{epoch}\n" in out
+    result = json.loads((tmp_path / "data/val/deeplab_resnet50_custom_v3_x_epoch2/metrics.json").read_text())
+    assert (result["model"]["num_groups"], result["model"]["aspp_rates"]) == (32, [6])
+    for flags in (["--groups", 0], ["--aspp_rates", 6, 12], ["--no-weight_std"], ["--beta"]):
+        status, _, err = cli("--exp", "x", *data, *flags)
+        name = flags[0].replace("no-", "")
+        assert status == 1 and one_line(err) and f"was trained with other flags: {name} (checkpoint" in err
+    status, _, err = cli("--exp", "x", *data, "--epochs", 3)
+    assert status == 1 and one_line(err) and "there is no data/deeplab_*_custom_v3_x_epoch3.pth" in err
+
+    # On two backbones the experiment has two newest checkpoints.
+    path = tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch2.pth"
+    shutil.copy(path, str(path).replace("resnet50", "resnet152"))
+    status, _, err = cli("--exp", "x", *data)
+    assert status == 1 and one_line(err) and "choose one by --backbone" in err
+    assert all(f"data/deeplab_{name}_custom_v3_x_epoch2.pth" in err for name in ("resnet50", "resnet152"))
+    assert cli("--exp", "x", *data, "--backbone", "resnet50")[0] == 0
+
+
+def test_data_set_of_other_classes(cli, smallest, tmp_path):
+    model = deeplab.resnet50(False, 3, num_groups=32, weight_std=True, aspp_rates=[6], image_pooling=False)
+    model.classes, model.palette = list("abc"), [(0, 0, 0)] * 3
+    torch.save({"epoch": 1, **deeplab.to_checkpoint(model)}, tmp_path / "x.pth")
+    for classes, said in (("abcd", "3 classes, but --dataset custom has 4"), ("abd", "other names")):
+        (tmp_path / "set/classes.txt").write_text("\n".join(classes))
+        status, out, err = cli("--checkpoint", "x.pth", *smallest)
+        assert said in out + err and status == (len(classes) == 4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_training_validates_without_compiling_anew(cli, smallest, monkeypatch):
+    evaluate, graphs = main.evaluate, []
+
+    def counting(*args, **options):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(main, "evaluate", counting)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = ["--train", "--exp", "x", "--epochs", 10, "--save_every", 1, "--batch_size", 6, "--compile"]
+    status, _, err = cli(*flags, *smallest)
+    assert status == 0 and "recompil" not in err and len(graphs) == 10
+    assert graphs[0] > 0 and len({*graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"]}) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("train", [True, False])
 def test_bad_sample_is_named_in_one_line(cli, small, tmp_path, workers, train):
@@ -226,47 +345,74 @@ def test_bad_sample_is_named_in_one_line(cli, small, tmp_path, workers, train):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("command", "flags", "named"),
     [
-        (None, "No such file"),
-        (b"", "x.pth"),
-        (b"this is no checkpoint", "x.pth"),
-        ({"state_dict": deeplab.ResNet(deeplab.Bottleneck, (1, 1, 1, 1)).state_dict()}, "DeepLabv3"),
-        ([1, 2], "state_dict"),
+        ("train", ["--train", "--exp", "x"], ["--batch_size 4", "--crop_size 33", "--accum 1"]),
+        ("run_evaluation", ["--exp", "x"], ["--eval_batch_size", "--scales"]),
+        ("run_prediction", ["--predict", "x.jpg", "--checkpoint", "x.pth"], ["--max_side", "--scales"]),
     ],
 )
-def test_bad_checkpoint(cli, small, tmp_path, content, message):
-    if isinstance(content, bytes):
-        (tmp_path / "x.pth").write_bytes(content)
-    elif content is not None:
-        torch.save(content, tmp_path / "x.pth")
-    status, _, err = cli("--exp", "x", *small, "--checkpoint", "x.pth")
-    assert status == 1 and message in err and one_line(err)
+def test_out_of_memory_says_what_to_lower(cli, smallest, monkeypatch, command, flags, named):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(main, command, full)
+    status, _, err = cli(*flags, *smallest)
+    assert status == 1 and one_line(err) and all(flag in err for flag in named)
 
 
-def test_checkpoint_of_other_flags(cli, small, tmp_path):
-    model = deeplab.resnet50(False, 3, num_groups=32, weight_std=True)
-    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "x.pth")
-    status, _, err = cli("--exp", "x", *small, "--checkpoint", "x.pth")
-    assert status == 1 and "--groups" in err and one_line(err)
-    assert cli("--exp", "x", *small, "--checkpoint", "x.pth", "--groups", 32, "--weight_std")[0] == 0
+def test_too_little_shared_memory(tmp_path):
+    """In a mount namespace of its own, whose /dev/shm is smaller than a batch."""
+    root = make_list_dataset(tmp_path / "set")
+    command = [sys.executable, TINY, "--train", "--exp", "x", "--dataset", "custom", "--data_root", root]
+    command += [*SMALL, *NETWORK, "--workers", 2, "--crop_size", 513]
+    words = " ".join(f"'{word}'" for word in command)
+    script = f"mount -t tmpfs -o size=1m none /dev/shm || exit 77; exec {words}"
+    try:
+        run = subprocess.run(
+            ["unshare", "--mount", "bash", "-c", script], cwd=tmp_path, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if run.returncode == 77 or "unshare failed" in run.stderr:
+        pytest.skip("this user cannot mount")
+    lines = [line for line in run.stderr.splitlines() if "main.py: error: " in line]
+    assert run.returncode == 1 and len(lines) == 1
+    assert "--workers" in lines[0] and "--shm-size" in lines[0]
 
 
 def test_shapes_brings_defaults_that_flags_override(cli):
-    args = main.parse_args(["--exp", "x", "--dataset", "shapes", "--epochs", "3"])
+    args = parse_args(["--train", "--exp", "x", "--dataset", "shapes", "--epochs", "3"])
     assert (args.backbone, args.scratch, args.groups, args.epochs) == ("resnet50", True, 32, 3)
     assert args.data_root == "data/shapes"
-    args = main.parse_args(["--exp", "x", "--dataset", "shapes", "--groups", "0", "--no-weight_std"])
+    args = parse_args(["--train", "--exp", "x", "--dataset", "shapes", "--groups", "0", "--no-weight_std"])
     assert not args.groups and not args.weight_std
-    args = main.parse_args(["--exp", "x"])
+    args = parse_args(["--train", "--exp", "x"])
     assert (args.backbone, args.dataset, args.epochs, args.batch_size) == ("resnet101", "pascal", 30, 16)
     assert (args.base_lr, args.last_mult, args.crop_size, args.workers) == (0.00025, 1.0, 513, 4)
     assert (args.groups, args.scratch, args.freeze_bn, args.weight_std, args.beta) == (None, *[False] * 4)
 
 
-def test_readme_names_every_flag(cli):
-    """The flags of --help and those of the README's tables are the same."""
-    out = cli("--help")[1]
-    flags = set(re.findall(r"^  (--\w+)", out, re.MULTILINE))
-    tables = set(re.findall(r"^\| `(--\w+)` \|", (MAIN.parent / "README.md").read_text(), re.MULTILINE))
-    assert flags == tables
+def test_readme_has_every_flag_with_its_default_and_meaning():
+    rows = []
+    for action in make_parser()._actions[1:]:
+        default = "" if action.default in (None, False) else action.default
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
+        rows.append(f"| `{action.option_strings[0]}` | {default} | {action.help} |")
+    text = (MAIN.parent / "README.md").read_text()
+    assert re.findall(r"^\| `--.*", text, re.MULTILINE) == rows
+
+
+def test_imports_go_one_way():
+    """main.py imports the others, nothing imports main.py, deeplab.py imports no sibling."""
+    modules = {path.stem: path.read_text() for path in MAIN.parent.glob("*.py")}
+    imports = {
+        name: {other for other in modules if re.search(rf"^(import|from) {other}\b", text, re.MULTILINE)}
+        for name, text in modules.items()
+    }
+    order = ["main", "flags", "check", "evaluation", "prediction", "downloads", "runs", "datasets", "lists"]
+    order += ["masks", "shapes", "pictures", "utils", "deeplab"]
+    assert sorted(modules) == sorted(order) and imports["deeplab"] == set()
+    for i, name in enumerate(order):
+        assert imports[name] <= set(order[i + 1 :]), name
+    assert {name for name, text in modules.items() if "argparse" in text} == {"flags", "main"}

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import UserError, confusion_matrix, metrics, poly_lr, save_mask, voc_palette, write_whole
+from pictures import save_mask, voc_palette
+from utils import UserError, confusion_matrix, metrics, write_whole
 
 
 def test_confusion_matrix():
@@ -31,12 +32,6 @@ def test_metrics():
     assert metrics(torch.tensor([[1, 1], [0, 0]]))["iou"] == [0.5, 0.0]
     nothing = metrics(torch.zeros(2, 2, dtype=torch.int64))
     assert nothing == {"mean_iou": None, "iou": [None, None], "pixel_accuracy": None, "mean_accuracy": None}
-
-
-def test_poly_lr():
-    assert poly_lr(0.007, 0, 100) == 0.007
-    assert poly_lr(0.007, 50, 100) == pytest.approx(0.007 * 0.5**0.9)
-    assert 0 < poly_lr(0.007, 99, 100) < 0.0002
 
 
 def test_mask_reads_back_as_its_labels(tmp_path):

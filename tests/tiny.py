@@ -1,4 +1,7 @@
-"""main.py with a network so small that a test can start it many times: `python tests/tiny.py FLAGS`."""
+"""main.py with a network so small that a test can start it many times: `python tests/tiny.py FLAGS`.
+
+It runs on the CPU, unless --device says otherwise.
+"""
 
 import os
 import sys
@@ -16,7 +19,7 @@ def run(argv: list[str], folder: str = ".") -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
     deeplab.LAYERS["resnet50"] = (1, 1, 1, 1)
-    main.main([str(word) for word in argv])
+    main.main([str(word) for word in argv] + (["--device", "cpu"] if "--device" not in argv else []))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision.models import get_model_weights
 
 import deeplab
-import utils
-from datasets import VOCSegmentation, make_voc_lists
-from utils import DOWNLOADS, Download, UserError, download, fetch, mirrored, save_mask
+import downloads
+from datasets import VOCSegmentation
+from downloads import DOWNLOADS, Download, download, fetch, make_voc_lists, mirrored
+from pictures import save_mask
+from utils import UserError
 
 DATA = np.random.RandomState(0).bytes(300_001)
 CLIMBERS = ["../evil", "a/../../evil", "/tmp/evil", "..\\evil", "C:/evil"]
@@ -45,18 +48,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.end_headers()
         self.send_response(206 if first else 200)
         if first:
-            shown = first - 7 if fault == "wrong range" else first
-            self.send_header("Content-Range", f"bytes {shown}-{total - 1}/{total + (fault == 'grown')}")
+            self.send_header("Content-Range", f"bytes {first}-{total - 1}/{total}")
         if fault == "web page":
             self.send_header("Content-Type", "text/html; charset=utf-8")
         body = data[first:]
-        lie = {"long": 1000, "short": -1000}.get(fault, 0)
         if fault and fault.startswith("chunked"):
             self.send_header("Transfer-Encoding", "chunked")
             size = f"{len(body):x}\r\n".encode()
             body = size + (body[: len(body) // 2] if fault == "chunked cut" else body + b"\r\n0\r\n\r\n")
         elif fault != "no length":
-            self.send_header("Content-Length", str(len(body) + lie))
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault in ("cut", "no ranges, cut") else body)
         self.close_connection = True
@@ -70,8 +71,8 @@ def server(tmp_path, monkeypatch):
     """A server of `files`; `faults` are those of the next requests, `ranges` what was asked for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(utils, "PAUSE", 0)
-    monkeypatch.setattr(utils, "TIMEOUT", 5)
+    monkeypatch.setattr(downloads, "PAUSE", 0)
+    monkeypatch.setattr(downloads, "TIMEOUT", 5)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.faults, server.ranges = {"file": DATA}, [], []
         server.url = f"http://127.0.0.1:{server.server_port}/some/folder"
@@ -102,7 +103,6 @@ def test_whole_file(server, capsys):
         ["cut"],
         ["cut", "cut", "cut", "cut"],
         ["cut", "no ranges"],  # the second answer is the whole file again
-        ["cut", *["wrong range"] * 9],
         ["chunked"],
         ["chunked cut"],
     ],
@@ -131,12 +131,7 @@ def test_goes_on_after_a_kill(server, kept):
     [
         (["404"], "404", []),
         (["cut", "404"], "404", ["file.part"]),
-        (["long"] * 9, "300001|301001", []),
-        (["short"] * 9, "more than the 299001 bytes", []),
-        (["cut", "short"], "more than", []),
-        (["cut", "long"], "has 300001 bytes, but sends 301001", ["file.part"]),
-        (["cut", "grown"], "300001 bytes, then 300002", []),
-        (["cut"] * 9, "cut 5 times.*goes on from there", ["file.part"]),
+        (["cut"] * 9, "cut 5 times; the same command goes on from there", ["file.part"]),
         (["cut"] + ["chunked cut"] * 9, "cut 5 times", ["file.part"]),
         (["no length"], "how long", []),
         (["web page"], "web page", []),
@@ -165,7 +160,7 @@ def test_wrong_hash(server):
 
 def test_no_server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(utils, "TIMEOUT", 0.05)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.05)
     path = str(tmp_path / "file")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -189,7 +184,7 @@ def test_no_server(tmp_path, monkeypatch):
 def test_the_table():
     files = [file for files in DOWNLOADS.values() for file in files]
     assert len({file.path for file in files}) == len(files)
-    assert DOWNLOADS["resnet101"][0].url == deeplab.IMAGENET["resnet101"].url
+    assert DOWNLOADS["resnet101"][0].url == get_model_weights("resnet101").IMAGENET1K_V1.url
     assert DOWNLOADS["gn_ws_imagenet"][0].name == deeplab.IMAGENET_GN_WS
 
 
@@ -246,24 +241,32 @@ def zip_symlink(name: str) -> zipfile.ZipInfo:
     ],
 )
 def test_archive_that_leaves_its_folder(kind, name, content, tmp_path, monkeypatch):
+    """The library refuses such a member, or keeps it inside as a plain file."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("outside").write_text("untouched")
-    file = Download(f"http://unused.invalid/x.{kind}", folder="data/set", key="a")
+    file = Download(f"http://unused.invalid/x.{kind}", folder="data/set", marker="a")
     (make_tar if kind == "tar" else make_zip)(file.path, {"a/b": b"good", name: content})
-    message = refused(download, file, file.url)
-    assert f"data/x.{kind} is refused" in message and "--url" in message
-    assert sorted(str(path) for path in Path().rglob("*")) == [
-        *("data", "data/set", f"data/x.{kind}", "outside")
-    ]
-    assert Path("outside").read_text() == "untouched"
+    try:
+        download(file, file.url)
+    except UserError as error:
+        assert f"data/x.{kind} cannot be unpacked" in str(error) and "\n" not in str(error)
+        assert os.listdir("data/set") == []
+    found = set(Path().rglob("*"))
+    assert {path for path in found if not path.is_relative_to("data/set")} == {
+        *(Path("data"), Path(f"data/x.{kind}"), Path("outside"))
+    }
+    assert all(path.is_dir() or path.is_file() for path in found) and not any(map(Path.is_symlink, found))
+    assert Path("outside").read_text() == "untouched" and not Path("/tmp/evil").exists()
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_unpacking(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make = make_tar if kind == "tar" else make_zip
-    file = Download(f"http://unused.invalid/x.{kind}", top="one/two", folder="data/set", key="list/a.txt")
+    file = Download(
+        f"http://unused.invalid/x.{kind}", subfolder="one/two", folder="data/set", marker="list/a.txt"
+    )
     Path("data/set/list").mkdir(parents=True)
     Path("data/set/list/own.txt").write_text("mine")
     Path("data/set/x.tmp").mkdir()
@@ -324,19 +327,19 @@ def tiny_pascal(server, tmp_path, monkeypatch):
 
 
 def images(train: bool) -> list[str]:
-    dataset = VOCSegmentation("data/VOCdevkit", train=train)
+    dataset = VOCSegmentation("data/VOCdevkit", "train" if train else "val")
     assert len(dataset[0]) == 2
     return [dataset.name(i) for i in range(len(dataset))]
 
 
-@pytest.mark.parametrize("lists", ["served", "404", "cut", "refused"])
+@pytest.mark.parametrize("lists", ["served", "404", "cut", "damaged"])
 def test_pascal(cli, tiny_pascal, lists):
     if lists == "404":
         del tiny_pascal.files["list.zip"]
     elif lists == "cut":
         tiny_pascal.faults = [None, None, *["cut"] * 5]
-    elif lists == "refused":
-        tiny_pascal.files["list.zip"] = tiny_pascal.files["list.zip"].replace(b"list/val", b"../..val")
+    elif lists == "damaged":
+        tiny_pascal.files["list.zip"] = tiny_pascal.files["list.zip"][:-9]
     status, out, err = cli("--download", "pascal", "--url", tiny_pascal.url)
     assert (status, err) == (0, "") and ("made from the masks" in out) == (lists != "served")
     if lists == "served":
@@ -368,11 +371,11 @@ def test_pascal_without_the_masks(cli, tiny_pascal):
 
 
 def test_voc_lists_need_masks_and_list(tmp_path):
-    assert "val.txt (No such file" in refused(make_voc_lists, str(tmp_path))
+    assert "val.txt (No such file" in refused(make_voc_lists, str(tmp_path / "VOC2012"))
     path = tmp_path / "VOC2012/ImageSets/Segmentation/val.txt"
     path.parent.mkdir(parents=True)
     path.write_text("a\n")
-    assert "SegmentationClassAug" in refused(make_voc_lists, str(tmp_path))
+    assert "SegmentationClassAug" in refused(make_voc_lists, str(tmp_path / "VOC2012"))
     assert not (tmp_path / "VOC2012/list").exists()
 
 

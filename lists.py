@@ -1,0 +1,139 @@
+"""Which files are a data set's samples: lists of pairs, and folders whose images and masks have one name."""
+
+import os
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from utils import UserError, read_lines
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+SPLITS = ("train", "val", "test")
+
+
+class Pairs(Sequence):
+    """The (image path, mask path) of many samples; without a mask the second is None.
+
+    The names, relative to `root`, lie in one buffer: some 100 bytes a sample, shared with forked processes.
+    """
+
+    def __init__(self, root: str, pairs: Iterable[tuple[str, str | None]]):
+        self.root, self.buffer, self.ends, self.masked = root, bytearray(), array("Q", [0]), 0
+        for image, mask in pairs:
+            self.buffer += os.fsencode(f"{image}\0{mask or ''}")
+            self.ends.append(len(self.buffer))
+            self.masked += mask is not None  # how many have a mask
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def names(self, index: int) -> tuple[str, str | None]:
+        """The two of a sample, relative to the root."""
+        names = self.buffer[self.ends[index] : self.ends[index + 1]]
+        image, _, mask = os.fsdecode(bytes(names)).partition("\0")
+        return image, mask or None
+
+    def __getitem__(self, index: int) -> tuple[str, str | None]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        image, mask = self.names(index)
+        return os.path.join(self.root, image), mask and os.path.join(self.root, mask)
+
+    def take(self, indices: Iterable[int]) -> "Pairs":
+        return Pairs(self.root, map(self.names, indices))
+
+
+def find_samples(root: str, split: str) -> Pairs:
+    """The samples of a split: of `root`/list/`split`.txt or, without a folder list, of images and masks.
+
+    Raises:
+        UserError: if there are none, or a line or a folder is not as it should be.
+    """
+    if os.path.isdir(os.path.join(root, "list")):
+        return read_list(root, split, "--data_root names the folder that holds it")
+    if os.path.isdir(os.path.join(root, "images")):
+        return pair_folders(root, split)
+    raise UserError(f"{root} has neither list/{split}.txt nor the folders images and masks")
+
+
+def read_list(root: str, name: str, remedy: str) -> Pairs:
+    """The samples of `root`/list/`name`.txt: `/image /mask` a line, relative to `root`, or in test.txt
+    `/image` alone; with a tab between the two, there may be spaces in their names.
+
+    Raises:
+        UserError: if the list is missing, or a line is malformed.
+    """
+    path = os.path.join(root, "list", f"{name}.txt")
+
+    def pairs() -> Iterator[tuple[str, str | None]]:
+        for number, line in read_lines(path, f"{remedy}; --dataset shapes needs no files"):
+            names = [name.strip().lstrip("/") for name in line.split("\t" if "\t" in line.strip() else None)]
+            if len(names) == 1 and name == "test":
+                yield names[0], None
+            elif len(names) == 2:
+                yield names[0], names[1]
+            else:
+                hint = "a tab between them, where names have spaces"
+                raise UserError(f"{path}:{number}: expected `/image /mask` ({hint}), got {line!r}")
+
+    return Pairs(root, pairs())
+
+
+def pair_folders(root: str, split: str) -> Pairs:
+    """The images below `root`/images with the masks of the same names below `root`/masks, whose names may end
+    in something that is common to all, such as `_mask`.
+
+    The folders train, val and test within both are the splits. Without them a hash of its name puts each
+    fifth image in val: it stays there on every machine, and when others come.
+
+    Raises:
+        UserError: if the two do not match.
+    """
+    images, masks = (images_below(os.path.join(root, name)) for name in ("images", "masks"))
+    suffix = common_suffix(images, masks)
+    masks = {name.removesuffix(suffix): path for name, path in masks.items()}
+    if any(name.startswith("train/") for name in images):
+        part = {name for name in {*images, *masks} if name.startswith(f"{split}/")}
+    else:
+        fifth = {name for name in {*images, *masks} if zlib.crc32(name.encode()) % 5 == 0}
+        part = {"train": {*images, *masks} - fifth, "val": fifth, "test": set()}[split]
+    lonely = sorted(part & images.keys() - masks.keys()) if split != "test" else []
+    if lonely:
+        where = f"no mask of that name in {root}/masks"
+        raise UserError(f"{root}/images/{images[lonely[0]]}: {where} ({len(lonely)} such images)")
+    if lonely := sorted(part & masks.keys() - images.keys()):
+        where = f"no image of that name in {root}/images"
+        raise UserError(f"{root}/masks/{masks[lonely[0]]}: {where} ({len(lonely)} such masks)")
+    if not part:
+        hint = f"put some in images/{split} and masks/{split}, or write list/{split}.txt"
+        raise UserError(f"{root} has no images of the {split} part ({len(images)} in all): {hint}")
+    names = sorted(part)
+    mask_of = {name: f"masks/{masks[name]}" for name in names if name in masks}
+    return Pairs(root, ((f"images/{images[name]}", mask_of.get(name)) for name in names))
+
+
+def images_below(folder: str) -> dict[str, str]:
+    """The image files in a folder and those in it, by their paths relative to it without the endings.
+
+    Raises:
+        UserError: if two of them differ in their endings alone.
+    """
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() not in IMAGE_ENDINGS or name.startswith("."):
+                continue
+            path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+            other = found.setdefault(path.removesuffix(ending), path)
+            if other != path:
+                raise UserError(f"{folder} has {other} and {path}: which of them is meant?")
+    return found
+
+
+def common_suffix(images: dict[str, str], masks: dict[str, str]) -> str:
+    """What most names of masks have behind those of their images, by a look at some."""
+    some = list(masks)[:100]
+    behind = Counter(name[i:] for name in some for i in range(1, len(name) + 1) if name[:i] in images)
+    return behind.most_common(1)[0][0] if behind else ""

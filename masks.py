@@ -1,0 +1,200 @@
+"""What the pixels of a mask mean: the classes, their values and colours, as classes.txt describes them."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from pictures import Palette, voc_palette
+from utils import IGNORE_INDEX, UserError, read_lines
+
+MAX_CLASSES = 255  # a label is a byte, of which IGNORE_INDEX is one value
+IGNORE = "ignore"  # the name that is no class
+
+
+class Labels:
+    """The classes of a data set, and which pixels of its mask files are which.
+
+    Args:
+        classes, palette: name and colour of each class.
+        values: the class of each value in a mask of grey, palette or id pixels; `IGNORE_INDEX` for what is
+            not learned. None stands for the classes' own numbers. 255 is ignored unless it is a class.
+        colors: the class of each colour (r, g, b) in an RGB mask.
+        source: the file that says so, for messages.
+        others_ignored: any other value is ignored, too, instead of being an error.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        palette: Palette,
+        values: dict[int, int] | None = None,
+        colors: dict[tuple[int, int, int], int] | None = None,
+        source: str | None = None,
+        others_ignored: bool = False,
+    ):
+        self.classes, self.palette, self.source = classes, palette, source
+        self.others_ignored = others_ignored
+        values = {i: i for i in range(len(classes))} if values is None else values
+        # Whether 255 is ignored by default alone.
+        self.by_default = IGNORE_INDEX not in {**values, **dict.fromkeys((colors or {}).values())}
+        self.values = {IGNORE_INDEX: IGNORE_INDEX, **values}
+        # Colours as the numbers that their bytes in memory are.
+        self.colors = {r | g << 8 | b << 16: label for (r, g, b), label in (colors or {}).items()}
+        self.tables: dict[int, np.ndarray] = {}  # of all values or colours below a bound
+
+    def read(self, picture: Image.Image, path: str) -> np.ndarray:
+        """The labels, uint8 (H, W), of a mask that `datasets.open_image` has opened from `path`.
+
+        Masks of one byte a pixel (grey, palette or bits) and of 16 or 32 bits go by the pixels' values, RGB
+        and RGBA masks by the colours.
+
+        Raises:
+            UserError: for a pixel that is no class and not ignored, or a mask of another kind.
+        """
+        if picture.mode in ("RGB", "RGBA"):
+            self.check_colors(path)
+            # Pillow has four bytes for each pixel in memory; the last is alpha, or nothing.
+            packed = np.frombuffer(picture.tobytes("raw", picture.mode.ljust(4, "X")), "<u4")
+            return self.look_up(packed.reshape(picture.height, -1) & 0xFFFFFF, self.colors, 1 << 24, path)
+        if picture.mode in ("LA", "PA"):
+            picture = picture.getchannel(0)
+        if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
+            raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}; use grey, palette or RGB PNGs")
+        values = np.asarray(picture)
+        values = values.astype(np.uint8) if values.dtype == bool else values
+        return self.look_up(values, self.values, 256 if values.dtype == np.uint8 else 1 << 16, path)
+
+    def look_up(self, pixels: np.ndarray, known: dict[int, int], bound: int, path: str) -> np.ndarray:
+        """The label of each pixel; `bound` is above all of them, save in masks of 32 bits."""
+        if bound == 1 << 16 and not 0 <= pixels.min() <= pixels.max() < bound:
+            found, positions = np.unique(pixels, return_inverse=True)
+            table = np.array([known.get(value, IGNORE_INDEX) for value in found.tolist()], np.uint8)
+            labels = table[positions].reshape(pixels.shape)
+        else:
+            if bound not in self.tables:
+                keys = [key for key in known if key < bound]
+                self.tables[bound] = np.full(bound, IGNORE_INDEX, np.uint8)
+                self.tables[bound][keys] = [known[key] for key in keys]
+            labels = self.tables[bound].take(pixels)
+        strange = labels == IGNORE_INDEX
+        if not self.others_ignored and strange.any():
+            for key, label in known.items():
+                if label == IGNORE_INDEX:
+                    strange &= pixels != key
+            if strange.any():
+                raise UserError(self.describe(pixels, strange, bound == 1 << 24, path))
+        return labels
+
+    def describe(self, pixels: np.ndarray, strange: np.ndarray, colored: bool, path: str) -> str:
+        """What is wrong with the first strange pixel, and the line that would name it."""
+        y, x = (int(i[0]) for i in np.nonzero(strange))
+        value, count = int(pixels[y, x]), int((pixels == pixels[y, x]).sum())
+        what, line = f"value {value}", f"= {value}"
+        if colored:
+            line = f"{value & 255} {value >> 8 & 255} {value >> 16}"
+            what = f"colour {line}"
+        if self.source:
+            mend = f"{self.source} names no such: write `NAME {line}` for its class, or `{IGNORE} {line}`"
+        else:
+            mend = f"the classes are 0 to {len(self.classes) - 1}, and 255 to ignore"
+        if path.lower().endswith((".jpg", ".jpeg")):
+            mend += "; JPEG changes values, so masks are PNGs"
+        return f"{path}: {what} at x {x}, y {y}, {count} pixels of it; {mend}"
+
+    def check_colors(self, path: str) -> None:
+        """Raises:
+        UserError: if the colours of this RGB mask cannot tell the classes apart.
+        """
+        if self.colors and sum(label != IGNORE_INDEX for label in self.colors.values()) == len(self.classes):
+            return
+        if not self.source:
+            raise UserError(f"{path}: a mask of colours; the masks of this data set have one byte a pixel")
+        raise UserError(
+            f"{path}: a mask of colours, by which {self.source} must tell all classes apart: "
+            "give each a colour of its own, `NAME R G B`"
+        )
+
+
+def read_classes(path: str) -> Labels:
+    """Read classes.txt: one class a line, `name` or `name r g b`, and then perhaps `= v [v ...]`.
+
+    The colours tell the classes apart in RGB masks, the values in others. A class without values is the next
+    number, from 0, that `ignore` does not name. `ignore = v [v ...]` and `ignore r g b` are not learned.
+
+    Raises:
+        UserError: if the file is missing, a line is malformed, or two lines contradict each other.
+    """
+    lines = [(n, *split_line(path, n, line)) for n, line in read_lines(path, "it names the classes")]
+    ignored = {value for _, name, _, given in lines if name == IGNORE for value in given}
+    free = iter(number for number in range(len(lines) + len(ignored)) if number not in ignored)
+    names, palette, values, colors = [], voc_palette(), {}, {}
+    distinct, explicit = True, None
+    for number, name, color, given in lines:
+        label = IGNORE_INDEX if name == IGNORE else len(names)
+        if name != IGNORE:
+            if name in names or len(names) == MAX_CLASSES:
+                raise UserError(f"{path}:{number}: {name!r}: at most {MAX_CLASSES} different names")
+            if explicit and not given:
+                raise UserError(f"{path}:{number}: {name!r} needs values, too, as {explicit!r} has: `= V`")
+            explicit = explicit or (given and name)
+            palette[label] = color or palette[label]
+            names.append(name)
+            given = given or [next(free)]
+        for value in given:
+            if values.setdefault(value, label) != label:
+                other = IGNORE if values[value] == IGNORE_INDEX else names[values[value]]
+                raise UserError(f"{path}:{number}: {name!r}: the value {value} is {other!r} already")
+        if color:
+            distinct &= colors.setdefault(tuple(color), label) == label
+    if not names:
+        raise UserError(f"{path} names no class")
+    return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
+
+
+def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[int]]:
+    """Name, colour (empty if none) and values (empty if none) of a line of classes.txt.
+
+    Raises:
+        UserError: if it is no such line.
+    """
+    left, equals, right = line.partition("=")
+    words, color, values = left.split(), [], right.split()
+    if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):
+        words, color = words[:-3], [int(word) for word in words[-3:]]
+    name, mistake = " ".join(words), None
+    if equals and not (values and all(value.isdecimal() and len(value) < 10 for value in values)):
+        mistake = "expected pixel values after `=`, such as `= 255` or `= 7 8`"
+    elif not name:
+        mistake = "a line begins with the name of a class"
+    elif max(color, default=0) > 255:
+        mistake = "a colour is three numbers of 0 to 255"
+    elif re.search(r"[,;:]\s*\d+$", name):
+        mistake = "leave a space between name and numbers: `name r g b`, `name = value`"
+    elif re.match(r"\d+[\s,;:]+\S", name):
+        mistake = "the name comes first: `name`, or `name = value`"
+    elif name == IGNORE and not color and not equals:
+        mistake = f"say what is ignored: `{IGNORE} = 0`, or `{IGNORE} r g b`"
+    if mistake:
+        raise UserError(f"{path}:{number}: {line.strip()!r}: {mistake}")
+    return name, color, [int(value) for value in values]
+
+
+def describe_pixels(pictures: Iterable[Image.Image]) -> str:
+    """The values or colours that masks hold, the commonest first, with their shares, as lines of classes.txt
+    whose names are to be filled in."""
+    counts: Counter = Counter()
+    for picture in pictures:
+        if picture.mode in ("RGB", "RGBA"):
+            found = picture.convert("RGB").getcolors(1 << 24)
+            counts.update({f"NAME {r} {g} {b}": count for count, (r, g, b) in found})
+        else:
+            values = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
+            found = zip(*np.unique(values.astype(int), return_counts=True), strict=True)
+            counts.update({f"NAME = {value}": int(count) for value, count in found})
+    total = max(1, sum(counts.values()))
+    shown = [f"`{line}` ({count / total:.1%})" for line, count in counts.most_common(30)]
+    more = f" and {len(counts) - 30} more" if len(counts) > 30 else ""
+    return f"{', '.join(shown)}{more}"

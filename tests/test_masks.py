@@ -1,0 +1,222 @@
+"""What the pixels of masks mean: classes.txt, every kind of mask file, and the faults of both."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_list_dataset, one_line
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+import deeplab
+from datasets import ListSegmentation, load_batches, open_image
+from masks import Labels, describe_pixels, read_classes
+from utils import UserError
+
+
+def write(folder, text: str) -> str:
+    path = folder / "classes.txt"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def read(tmp_path, classes: str, picture: Image.Image, name: str = "mask.png") -> np.ndarray:
+    """The labels of a picture that is saved and opened again."""
+    picture.save(tmp_path / name)
+    path = str(tmp_path / name)
+    labels = read_classes(write(tmp_path, classes)).read(open_image(path), path)
+    assert labels.dtype == np.uint8
+    return labels
+
+
+def grey(*rows, dtype=np.uint8) -> Image.Image:
+    return Image.fromarray(np.array(rows, dtype))
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "values"),
+    [
+        ("sky\ntraffic light\nroad 7\n", ["sky", "traffic light", "road 7"], {0: 0, 1: 1, 2: 2, 255: 255}),
+        ("\ufeffa 1 2 3\r\n\r\nb\r\n", ["a", "b"], {0: 0, 1: 1, 255: 255}),
+        ("background\nthing = 255\n", ["background", "thing"], {0: 0, 255: 1}),
+        ("ignore = 0\nwall\nbuilding\n", ["wall", "building"], {0: 255, 1: 0, 2: 1, 255: 255}),  # ADE20K
+        ("a\nignore = 1 254\nb\nc", ["a", "b", "c"], {0: 0, 2: 1, 3: 2, 1: 255, 254: 255, 255: 255}),
+        ("ignore = 255\na\nb", ["a", "b"], {0: 0, 1: 1, 255: 255}),
+        ("a = 7 8\nb 1 2 3 = 11\n", ["a", "b"], {7: 0, 8: 0, 11: 1, 255: 255}),
+        ("ids = 70000\nmore = 70001 3", ["ids", "more"], {70000: 0, 70001: 1, 3: 1, 255: 255}),
+        ("a 1 1 1\nignore 224 224 192\nb 2 2 2", ["a", "b"], {0: 0, 1: 1, 255: 255}),
+    ],
+)
+def test_classes_and_their_values(tmp_path, text, classes, values):
+    labels = read_classes(write(tmp_path, text))
+    assert labels.classes == classes and labels.values == values and len(labels.palette) == len(classes)
+
+
+def test_colours(tmp_path):
+    labels = read_classes(write(tmp_path, "sky 1 2 3\nb\n"))
+    assert labels.palette == [[1, 2, 3], [128, 0, 0]]  # the VOC palette's where none is given
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\na\n", ":2: 'a': at most 255 different names"),
+        ("".join(f"c{i}\n" for i in range(256)), ":256: 'c255': at most 255 different names"),
+        ("a 1 2 256\n", ":1: 'a 1 2 256': a colour is three numbers of 0 to 255"),
+        ("bg,0,0,0\n", ":1: 'bg,0,0,0': leave a space between name and numbers"),
+        ("bg; 0\n", "leave a space between name and numbers"),
+        ("bg: 0\n", "leave a space between name and numbers"),
+        ("bg\n0 thing\n", ":2: '0 thing': the name comes first"),
+        ("0,bg\n", "the name comes first"),
+        ("0: bg\n", "the name comes first"),
+        ("a =\n", "expected pixel values after `=`"),
+        ("a = x\n", "expected pixel values after `=`"),
+        ("a = -1\n", "expected pixel values after `=`"),
+        ("a = 1.5\n", "expected pixel values after `=`"),
+        ("a = 99999999999\n", "expected pixel values after `=`"),
+        ("= 5\n", "a line begins with the name of a class"),
+        ("1 2 3\n", "the name comes first"),
+        ("a = 1\nb = 2 1\n", ":2: 'b': the value 1 is 'a' already"),
+        ("a\nb = 0\n", ":2: 'b': the value 0 is 'a' already"),
+        ("a = 3\nignore = 3\n", ":2: 'ignore': the value 3 is 'a' already"),
+        ("ignore = 3\na = 3\n", ":2: 'a': the value 3 is 'ignore' already"),
+        ("a = 5\nb\n", ":2: 'b' needs values, too, as 'a' has: `= V`"),
+        ("ignore\na\n", ":1: 'ignore': say what is ignored: `ignore = 0`"),
+        ("ignore = 0\n", "names no class"),
+        ("", "classes.txt is empty"),
+    ],
+)
+def test_wrong_classes(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        read_classes(write(tmp_path, text))
+    assert message in str(error.value) and "classes.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_masks_of_every_kind(tmp_path):
+    """Grey, palette, bits, grey with alpha, RGB, RGBA, 16 and 32 bits."""
+    assert read(tmp_path, "a\nb\nc", grey([0, 1], [2, 255])).tolist() == [[0, 1], [2, 255]]
+    palette = grey([0, 1], [2, 255])
+    palette.putpalette([9, 9, 9] * 256)  # the colours say nothing
+    assert read(tmp_path, "a\nb\nc", palette).tolist() == [[0, 1], [2, 255]]
+    assert read(tmp_path, "a\nb", grey([0, 255], [255, 0]).convert("1")).tolist() == [[0, 1], [1, 0]]
+    assert read(tmp_path, "a\nb = 255", grey([0, 255]), "mask.bmp").tolist() == [[0, 1]]
+    alpha = Image.merge("LA", (grey([0, 1]), grey([0, 200])))
+    assert read(tmp_path, "a\nb", alpha).tolist() == [[0, 1]]
+    colors = "a 1 2 3\nb 3 2 1\nignore 9 9 9\nignore 8 8 8"
+    rgb = Image.fromarray(np.array([[[1, 2, 3], [3, 2, 1], [9, 9, 9], [8, 8, 8]]], np.uint8))
+    assert read(tmp_path, colors, rgb).tolist() == [[0, 1, 255, 255]]
+    rgba = rgb.copy()
+    rgba.putalpha(grey([0, 128, 255, 7]))
+    assert read(tmp_path, colors, rgba).tolist() == [[0, 1, 255, 255]]
+    ids = "a = 0 300\nb = 65535\nignore = 7"
+    many = grey([0, 300, 65535, 7, 255], dtype=np.uint16)
+    assert read(tmp_path, ids, many).tolist() == [[0, 0, 1, 255, 255]]
+    ids = "a = 0 300\nb = 100000\nignore = 7"
+    big = grey([0, 300, 100000, 7, 255], dtype=np.int32)
+    assert read(tmp_path, ids, big, "mask.tif").tolist() == [[0, 0, 1, 255, 255]]
+    small = grey([0, 300, 7], dtype=np.int32)
+    assert read(tmp_path, ids, small, "mask.tif").tolist() == [[0, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("classes", "picture", "message"),
+    [
+        ("a\nb", grey([0, 0, 1], [0, 7, 7]), "mask.png: value 7 at x 1, y 1, 2 pixels of it; "),
+        ("a\nb", grey([0, 0, 1], [0, 7, 7]), "classes.txt names no such: write `NAME = 7` for its class, or"),
+        ("a\nb", grey([0, 300], dtype=np.uint16), "value 300 at x 1, y 0, 1 pixels of it"),
+        ("a 1 1 1\nb 2 2 2", Image.new("RGB", (3, 2), (1, 2, 3)), "colour 1 2 3 at x 0, y 0, 6 pixels"),
+        ("a 1 1 1\nb 2 2 2", Image.new("RGB", (3, 2), (1, 2, 3)), "write `NAME 1 2 3` for its class, or"),
+        ("a 1 1 1\nb", Image.new("RGB", (3, 2)), "must tell all classes apart: give each a colour"),
+        ("a 1 1 1\nb 1 1 1", Image.new("RGB", (3, 2)), "must tell all classes apart"),
+        ("a 1 1 1\nb 2 2 2\nignore 2 2 2", Image.new("RGB", (3, 2)), "must tell all classes apart"),
+        ("a\nb", Image.new("CMYK", (3, 2)), "a mask of Pillow's mode CMYK"),
+        ("a\nb", Image.new("F", (3, 2)), "a mask of Pillow's mode F"),
+    ],
+)
+def test_masks_that_cannot_be_used(tmp_path, classes, picture, message):
+    name = "mask.tif" if picture.mode in ("CMYK", "F") else "mask.png"
+    with pytest.raises(UserError) as error:
+        read(tmp_path, classes, picture, name)
+    assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mask_that_jpeg_has_blurred(tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:30, 10:30] = 255
+    with pytest.raises(UserError, match="JPEG changes values, so masks are PNGs"):
+        read(tmp_path, "a\nb = 255", Image.fromarray(mask), "mask.jpg")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), kind=st.sampled_from(["grey", "rgb", "ids"]), ignored=st.booleans())
+def test_mapping_against_a_slow_reference(data, kind, ignored, tmp_path_factory):
+    byte = st.integers(0, 255)
+    keys = {"grey": byte, "rgb": st.tuples(byte, byte, byte), "ids": st.integers(0, 10**6)}[kind]
+    names = data.draw(st.lists(keys, min_size=2, max_size=30, unique=True))
+    pixels = data.draw(arrays(np.int64, (7, 9), elements=st.integers(0, len(names) - 1)))
+    lines = []
+    for i, key in enumerate(names):
+        name = "ignore" if ignored and i == 1 else f"c{i}"
+        lines.append(f"{name} {' '.join(map(str, key))}" if kind == "rgb" else f"{name} = {key}")
+    dtype = {"grey": np.uint8, "rgb": np.uint8, "ids": np.int32}[kind]
+    picture = Image.fromarray(np.array(names, dtype)[pixels])
+    folder = tmp_path_factory.getbasetemp()
+    found = read(folder, "\n".join(lines), picture, "mask.tif" if kind == "ids" else "mask.png")
+    for y in range(7):
+        for x in range(9):
+            i = pixels[y, x]
+            expected = i - (ignored and i > 1)
+            assert found[y, x] == (255 if ignored and i == 1 else expected)
+
+
+def test_pixels_of_masks_without_a_description():
+    pictures = [grey([0, 0, 0, 255]), grey([0, 0, 0, 7])]
+    assert describe_pixels(pictures) == "`NAME = 0` (75.0%), `NAME = 255` (12.5%), `NAME = 7` (12.5%)"
+    assert describe_pixels([Image.new("RGBA", (2, 2), (1, 2, 3, 4))]) == "`NAME 1 2 3` (100.0%)"
+    assert describe_pixels([grey(range(200))]).endswith(" and 170 more")
+    assert describe_pixels([grey([0, 1]).convert("1")]).startswith("`NAME = 0`")
+
+
+def only_zero_and_255(root) -> None:
+    for path in (root / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask > 0, 255, 0).astype(np.uint8)).save(path)
+
+
+def test_objects_that_would_be_ignored_end_the_run(cli, smallest, tmp_path):
+    only_zero_and_255(tmp_path / "set")
+    write(tmp_path / "set", "background\nthing\n")
+    model = deeplab.resnet50(False, 2, 32, True, aspp_rates=[6], image_pooling=False)
+    torch.save(model.state_dict(), "x.pth")
+    for flags in (["--train", "--exp", "x"], ["--checkpoint", "x.pth"]):
+        status, _, err = cli(*flags, *smallest)
+        assert status == 1 and one_line(err) and not (tmp_path / "data").exists()
+        assert "the masks hold only 'background' and 255, and 255 is ignored: if it is 'thing', write" in err
+        assert "`thing = 255` in " in err
+    write(tmp_path / "set", "background\nthing = 255\n")
+    status, out, _ = cli("--train", "--exp", "x", "--epochs", 1, *smallest)
+    assert status == 0 and "have no pixel" not in out
+    status, out, _ = cli("--exp", "x", *smallest[:4])
+    assert status == 0 and "IoU thing: " in out and "IoU thing: -" not in out
+
+    # What somebody says is to be ignored is no trap, but a class without a pixel is worth a word.
+    write(tmp_path / "set", "background\nthing\nignore = 255\n")
+    status, out, _ = cli("--train", "--exp", "y", "--epochs", 1, *smallest)
+    assert status == 0 and "of these classes the train masks that were looked at have no pixel: thing" in out
+
+
+def test_labels_travel_to_workers(tmp_path):
+    """Sets with masks of colours are read alike by 0 and 2 processes."""
+    root = make_list_dataset(tmp_path / "set")
+    for path in (root / "masks").iterdir():
+        colors = np.array([[5, 5, 5], [250, 1, 2], [3, 4, 250]], np.uint8)
+        Image.fromarray(colors[np.array(Image.open(path))]).save(path)
+    write(root, "a 5 5 5\nb 250 1 2\nc 3 4 250\n")
+    dataset = ListSegmentation(str(root), "val")
+    assert isinstance(dataset.labels, Labels) and set(np.unique(dataset[0][1])) == {0, 1}
+    batches = [
+        [masks for _, masks, _ in load_batches(dataset, [[0], [1, 2]], workers, torch.device("cpu"))]
+        for workers in (0, 2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))

@@ -1,0 +1,190 @@
+"""Prediction: people's own photos, and use from Python."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import bomb, one_line, spoil
+from PIL import Image
+
+import deeplab
+from utils import confusion_matrix, metrics
+
+
+def test_prediction_of_the_training_images(cli, trained, tmp_path):
+    """No flag but the checkpoint: the model, the classes and the colours come from it."""
+    checkpoint, root = trained
+    status, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
+    assert status == 0 and "10 of 10 images" in out
+    confusion = 0
+    for i in range(8):
+        mask = Image.open(tmp_path / f"out/train{i}_mask.png")
+        assert mask.mode == "P" and mask.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+        truth = np.array(Image.open(root / f"masks/train{i}.png"))
+        confusion = confusion + confusion_matrix(torch.from_numpy(np.array(mask)), torch.from_numpy(truth), 3)
+        overlay = Image.open(tmp_path / f"out/train{i}_overlay.jpg")
+        assert overlay.width >= mask.width and overlay.height > mask.height  # the legend is below
+    assert metrics(confusion)["mean_iou"] > 0.6
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+# What turns an upright image as EXIF's orientations mean it, back to how it is stored.
+UNDONE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+FORMATS = {
+    "rgb.jpg": lambda im: (im, {}),
+    "rgb.png": lambda im: (im, {}),
+    "rgb.webp": lambda im: (im, {"lossless": True}),
+    "rgb.bmp": lambda im: (im, {}),
+    "rgb.tiff": lambda im: (im, {}),
+    "grey.png": lambda im: (im.convert("L"), {}),
+    "grey_alpha.png": lambda im: (im.convert("LA"), {}),
+    "alpha.png": lambda im: (im.convert("RGBA"), {}),
+    "palette.png": lambda im: (im.quantize(16), {}),
+    "bits.png": lambda im: (im.convert("1"), {}),
+    "grey16.png": lambda im: (Image.fromarray(np.array(im.convert("L")).astype(np.uint16) * 257), {}),
+    "grey16.tiff": lambda im: (Image.fromarray(np.array(im.convert("L")).astype(np.uint16) * 257), {}),
+    "cmyk.jpg": lambda im: (im.convert("CMYK"), {}),
+    **{f"turned{n}.jpg": lambda im, n=n: (im, {"exif": exif(n)}) for n in range(2, 9)},
+    "turned.png": lambda im: (im, {"exif": exif(6)}),
+}
+
+
+def test_formats_and_orientations(cli, trained, tmp_path):
+    """A mask has the size at which its image is shown; grey and transparent ones are seen in their true
+    brightness, turned ones upright."""
+    image = Image.new("RGB", (50, 37), (128, 128, 128))
+    image.paste((250, 250, 250), (10, 8, 40, 20))
+    (tmp_path / "in").mkdir()
+    for name, make in FORMATS.items():
+        picture, options = make(image)
+        picture.save(tmp_path / "in" / f"{name.replace('.', '_')}.{name.split('.')[1]}", **options)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    status, out, _ = cli("--predict", "in", "--checkpoint", trained[0], "--out", "out")
+    assert status == 0 and f"{len(FORMATS)} of {len(FORMATS)} images" in out
+    for name in FORMATS:
+        path = tmp_path / "in" / f"{name.replace('.', '_')}.{name.split('.')[1]}"
+        turned = name in ("turned.png", *(f"turned{n}.jpg" for n in (5, 6, 7, 8)))
+        assert Image.open(tmp_path / f"out/{path.stem}_mask.png").size == ((37, 50) if turned else (50, 37))
+        upright = deeplab.to_rgb(Image.open(path))
+        if orientation := 6 if name == "turned.png" else int(name[6]) if name.startswith("turned") else 0:
+            upright = upright.transpose(UNDONE[orientation])
+        pixels = np.asarray(upright).astype(int)
+        if name != "bits.png":  # which is dithered
+            assert abs(pixels[15, 20] - 250).max() <= 6 and abs(pixels[[2, 30], 20] - 128).max() <= 6, name
+
+
+def test_images_of_one_name(cli, trained, tmp_path):
+    for name in ("in/a.png", "in/a.bmp", "in/more/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9 + len(name), 9)).save(tmp_path / name)
+    assert cli("--predict", "in", "in/more", "--checkpoint", trained[0], "--out", "out")[0] == 0
+    widths = [Image.open(path).width for path in (tmp_path / "out").glob("*_mask.png")]
+    assert sorted(widths) == [17, 17, 22]
+
+
+def test_transparency_is_seen_on_white():
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    assert np.asarray(deeplab.to_rgb(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (3000, 20)])
+def test_extreme_sizes(cli, trained, tmp_path, size):
+    Image.new("RGB", size, (250, 250, 250)).save(tmp_path / "a.png")
+    flags = ["--checkpoint", trained[0], "--out", "out", "--max_side", 500]
+    assert cli("--predict", "a.png", *flags)[0] == 0
+    assert Image.open(tmp_path / "out/a_mask.png").size == size
+
+
+def test_unreadable_image_is_reported_and_the_others_are_done(cli, trained, tmp_path):
+    checkpoint, root = trained
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    paths = ["bad.jpg", root / "images/val0.jpg", "absent.png"]
+    status, out, err = cli("--predict", *paths, "--checkpoint", checkpoint, "--out", "out")
+    assert status == 1 and "1 of 3 images" in out and (tmp_path / "out/val0_mask.png").exists()
+    lines = err.splitlines()
+    assert len(lines) == 2 and "bad.jpg" in lines[0] and "absent.png" in lines[1]
+    (tmp_path / "empty").mkdir()
+    status, _, err = cli("--predict", "empty", "--checkpoint", checkpoint)
+    assert status == 1 and "no images in empty" in err
+    assert "--checkpoint" in cli("--predict", "empty")[2]
+
+
+def test_prediction_with_a_published_checkpoint(cli, tmp_path):
+    model = deeplab.resnet50(False)
+    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"epoch": 50, "state_dict": state, "optimizer": {}}, tmp_path / "x.pth")
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    flags = ["--predict", "a.png", "--checkpoint", "x.pth", "--out", "out"]
+    status, _, err = cli(*flags)  # of resnet101, unless the flags say otherwise, as in evaluation
+    assert status == 1 and "--backbone" in err
+    assert cli(*flags, "--backbone", "resnet50")[0] == 0
+    assert Image.open(tmp_path / "out/a_mask.png").size == (40, 30)
+
+
+def test_name_that_is_too_long_for_its_results(cli, trained, tmp_path):
+    """The others are done."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b" * 250, "c"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"in/{name}.png")
+    status, out, err = cli("--predict", "in", "--checkpoint", trained[0], "--out", "out")
+    assert status == 1 and "2 of 3 images" in out and one_line(err) and "File name too long" in err
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_folder_is_not_predicted_into_itself(cli, trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/a.png")
+    (tmp_path / "link").symlink_to("in")
+    for out in ("in", "./in/", "link"):
+        status, _, err = cli("--predict", "in", "--checkpoint", trained[0], "--out", out)
+        assert status == 1 and one_line(err) and "--out" in err
+    assert len(list((tmp_path / "in").iterdir())) == 1
+
+
+def test_python_use(trained, tmp_path):
+    checkpoint, root = trained
+    model = deeplab.load(str(checkpoint))
+    path = root / "images/train0.jpg"
+    image = Image.open(path)
+    for other in (str(path), path, np.array(image)):
+        assert np.array_equal(model.predict(other), model.predict(image))
+    grey = np.array(image.convert("L"))
+    assert np.array_equal(model.predict(grey), model.predict(Image.fromarray(grey)))
+    with pytest.raises(OSError, match="absent.jpg"):
+        model.predict("absent.jpg")
+    assert not model.training and model.classes == ["a", "b", "c"] and len(model.palette) == 3
+    labels = model.predict(Image.open(root / "images/train0.jpg"))
+    assert labels.dtype == np.uint8 and labels.shape == (60, 80) and labels.max() < 3
+    assert deeplab.load(str(checkpoint), output_stride=8).config["output_stride"] == 8
+
+
+def test_directory_named_like_an_image(cli, smallest, tmp_path):
+    spoil("none", tmp_path / "x.pth")
+    (tmp_path / "photos/a.jpg").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos/b.jpg")
+    bomb(tmp_path / "photos/c.png")
+    status, out, err = cli("--predict", "photos", "--checkpoint", "x.pth", *smallest)
+    assert status == 1 and "1 of 3 images" in out
+    assert [line.split()[2:6] for line in err.splitlines() if "cannot" in line] == [
+        ["cannot", "read", "photos/a.jpg:", "Is"],
+        ["cannot", "read", "photos/c.png:", "Image"],
+    ]
+
+
+def test_prediction_whose_classes_nobody_names(cli, tmp_path):
+    spoil("none", tmp_path / "x.pth")
+    status, _, err = cli("--predict", "x.jpg", "--checkpoint", "x.pth", "--dataset", "custom")
+    assert status == 1 and one_line(err) and "--data_root" in err
