@@ -6,7 +6,6 @@ device.
 """
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property
@@ -25,7 +24,7 @@ from lists import Pairs, find_samples, read_list
 from masks import Labels, describe_pixels, read_classes
 from pictures import Palette, save_image, save_mask, voc_palette
 from shapes import draw_shapes
-from utils import IGNORE_INDEX, UserError, end_if_stopped, outlive_stop_signals, progress, read_lines
+from utils import IGNORE_INDEX, UserError, ahead, end_if_stopped, outlive_stop_signals, progress, read_lines
 
 VOC_CLASSES = [
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -263,7 +262,7 @@ class SegmentationDataset(Dataset):
         names = {}
         for index in range(len(self)):
             name = os.path.basename(stem(index))
-            if hash(name) in shared or name in ("samples", "metrics"):
+            if hash(name) in shared or name in ("samples", "worst", "confusion"):
                 below = path(index) if hash(stem(index)) in ambiguous else stem(index)
                 parts = os.path.relpath(below, ".").split(os.sep)
                 names[index] = os.path.join(*(part for part in parts if part != os.pardir))
@@ -476,14 +475,10 @@ def header_sizes(pairs: Pairs) -> Iterator[tuple[int, int] | str]:
             yield from header_sizes_of(chunk)
         return
     # Processes, for reading headers is Python's work. Few chunks wait at a time: their names take memory.
-    processes, pending = min(8, os.cpu_count() or 1), deque()
+    processes = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, initializer=outlive_stop_signals, initargs=(0,)) as pool:
-        for chunk in chunks:
-            pending.append(pool.submit(header_sizes_of, chunk))
-            if len(pending) > 2 * processes:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+        for sizes in ahead(pool, header_sizes_of, chunks, 2 * processes):
+            yield from sizes
 
 
 def header_sizes_of(pairs: list[tuple[str, str | None]]) -> list[tuple[int, int] | str]:

@@ -253,13 +253,15 @@ class DeepLabv3(ResNet):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return F.interpolate(self.aspp(x).to(dtype), size, mode="bilinear", align_corners=True)
 
-    def scores(self, x: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False) -> Tensor:
+    def scores(
+        self, x: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False, softmax: bool = False
+    ) -> Tensor:
         """What to take the argmax of: the logits, or the softmax scores averaged over `scales` and left-right
-        `flip`.
+        `flip`, or those of a single pass with `softmax`.
 
         Takes normalised images (N, 3, H, W), gives (N, num_classes, H, W) (paper, section 4.1).
         """
-        if list(scales) == [1.0] and not flip:
+        if list(scales) == [1.0] and not flip and not softmax:
             return self(x)
         stride, total = self.config["output_stride"], 0
         for scale in scales:
@@ -269,6 +271,15 @@ class DeepLabv3(ResNet):
             if flip:
                 total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
         return total / (len(scales) * (1 + flip))
+
+    def segment(self, images: Tensor, *options, **more_options) -> Tensor:
+        """The `scores`, with its options, of uint8 images (N, 3, H, W): they are normalised, padded to the
+        output stride, and what was padded is cut off again."""
+        stride = self.config["output_stride"]
+        below, right = (-(side - 1) % stride for side in images.shape[2:])
+        x = F.pad((images - self.pixel_mean) / self.pixel_std, [0, right, 0, below])
+        scores = self.scores(x.contiguous(memory_format=self.memory_format), *options, **more_options)
+        return F.pad(scores, [0, -right, 0, -below])  # with a slice torch.export would refuse some sizes
 
     @torch.inference_mode()
     def predict(
@@ -294,18 +305,9 @@ class DeepLabv3(ResNet):
             with Image.open(image) as file:
                 image = to_rgb(file)
         image = to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-        shrink = min(1.0, max_side / max(image.size))
-        small = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
-        height, width = pixels.shape[2:]
-        stride = self.config["output_stride"]
-        padding = [0, -(width - 1) % stride, 0, -(height - 1) % stride]
-        pixels = F.pad(pixels, padding).to(self.pixel_mean.device)
-        x = self.normalize(pixels, torch.tensor([[height, width]], device=pixels.device))
-        labels = self.scores(x, scales, flip)[0, :, :height, :width].argmax(0).byte().cpu().numpy()
-        if image.size != small.size:
-            labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
-        return labels
+        pixels = to_pixels(image, max_side)[None].to(self.pixel_mean.device)
+        labels = self.segment(pixels, scales, flip)[0].argmax(0).byte().cpu().numpy()
+        return enlarge(labels, image.size)
 
     def train(self, mode: bool = True) -> "DeepLabv3":
         super().train(mode)
@@ -370,6 +372,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, max_side: int) -> Tensor:
+    """An RGB image as uint8 (3, H, W), shrunk so that no side is longer than `max_side`."""
+    shrink = min(1.0, max_side / max(image.size))
+    small = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 labels (H, W) at the (width, height) that the image had before `to_pixels`."""
+    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
 
 
 def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:

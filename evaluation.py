@@ -1,8 +1,9 @@
-"""Evaluation: a data set is predicted and compared with its truth."""
+"""Evaluation: a data set is predicted and compared with its truth, image by image."""
 
-from collections import deque
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,88 @@ from torch import Tensor
 from datasets import SegmentationDataset, load_batches
 from deeplab import DeepLabv3, autocast
 from pictures import sample_row, sample_sheet
-from utils import IGNORE_INDEX, RANK, WORLD, confusion_matrix, metrics, progress
+from utils import IGNORE_INDEX, RANK, WORLD, ahead, confusion_matrix, metrics, percent, progress
+
+
+class ImageResult(NamedTuple):
+    """How one image came out.
+
+    `mean_iou` is over the classes that the image or its prediction has; None without a labelled pixel.
+    `truth` and `predicted_as` are the classes most confused, of `pixels`; empty where nothing is wrong.
+    """
+
+    name: str
+    mean_iou: float | None
+    pixel_accuracy: float | None
+    truth: str
+    predicted_as: str
+    pixels: int
+
+
+def image_result(name: str, confusion: Tensor, classes: Sequence[str]) -> ImageResult:
+    """The result of an image whose int64 confusion matrix, truth in rows, is on the CPU."""
+    measures = metrics(confusion)
+    wrong = confusion - confusion.diag().diag()
+    truth, predicted = divmod(wrong.argmax().item(), len(classes))
+    pair = (classes[truth], classes[predicted]) if wrong.any() else ("", "")
+    return ImageResult(name, measures["mean_iou"], measures["pixel_accuracy"], *pair, wrong.max().item())
+
+
+class Row(NamedTuple):
+    """An image's row in a picture, and the labels whose colours are in it."""
+
+    picture: Image.Image
+    labels: set[int]
+
+
+class Findings:
+    """What evaluation keeps of single images: the rows of some samples and, if it has a `folder` to write to,
+    the result of each image and the rows of the worst. Threads may add to it."""
+
+    def __init__(self, dataset: SegmentationDataset, samples: int, folder: str | None):
+        self.dataset, self.most, self.folder, self.lock = dataset, samples, folder, threading.Lock()
+        shown = np.linspace(0, len(dataset) - 1, min(samples, len(dataset)))  # spread evenly
+        self.shown = set(shown.astype(int).tolist())
+        self.samples: dict[int, Row] = {}
+        self.results: dict[int, ImageResult] = {}
+        self.worst: list[tuple[float, int, Row]] = []  # mean IoU, index; as many as samples
+
+    def add(self, index: int, image: Tensor, truth: Tensor, labels: np.ndarray, confusion: Tensor) -> None:
+        """An image: uint8 (3, H, W), its truth and predicted labels (H, W), and its confusion matrix."""
+        if index in self.shown:
+            self.samples[index] = self.draw(image, truth, labels)
+        if not self.folder:
+            return
+        self.dataset.save(self.folder, index, labels)
+        result = image_result(self.dataset.name(index), confusion.cpu(), self.dataset.classes)
+        self.results[index], iou = result, result.mean_iou
+        worst = self.worst
+        if iou is not None and (len(worst) < self.most or (self.most and (iou, index) < worst[-1][:2])):
+            row = self.draw(image, truth, labels, f"{result.name}: mean IoU {percent(iou)}")
+            with self.lock:
+                self.keep_worst([(iou, index, row)])
+
+    def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray, title: str | None = None) -> Row:
+        picture, truth = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), truth.cpu().numpy()
+        seen = {*np.unique(labels).tolist(), *np.unique(truth).tolist()} - {IGNORE_INDEX}
+        return Row(sample_row(picture, truth, labels, self.dataset.palette, title), seen)
+
+    def keep_worst(self, others: list[tuple[float, int, Row]]) -> None:
+        self.worst = sorted([*self.worst, *others], key=lambda each: each[:2])[: self.most]
+
+    def gather(self) -> None:
+        """Take in what the other processes have found."""
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, (self.samples, self.results, self.worst))
+        for rank, (samples, results, worst) in enumerate(parts):
+            self.samples.update(samples)
+            self.results.update(results)
+            self.keep_worst(worst if rank != RANK else [])
+
+    def sheet(self, rows: Sequence[Row]) -> Image.Image:
+        labels = sorted(set().union(*(row.labels for row in rows)))
+        pictures = [row.picture for row in rows]
+        return sample_sheet(pictures, labels, self.dataset.classes, self.dataset.palette)
 
 
 @torch.inference_mode()
@@ -38,55 +120,48 @@ def evaluate(
         workers: processes that load images.
         scales, flip: as for `DeepLabv3.scores`.
         amp: number format of the convs, as for `deeplab.autocast`.
-        samples: how many images to show in the picture.
+        samples: how many images to show in a picture.
         folder: where to write the predictions, as PNGs of the images' own sizes.
 
     Returns:
-        the measures of `utils.metrics`, the `confusion` matrix, and `samples`, a picture.
+        the measures of `utils.metrics`, the `confusion` matrix, `samples`, a picture, and, with a folder,
+        `worst`, a picture, and `images`, the `ImageResult`s in the data set's order.
 
     Raises:
         UserError: if a sample cannot be used, or a prediction cannot be written.
         Stopped: if a stop signal has come.
     """
-    classes, palette = dataset.classes, dataset.palette
     batches = dataset.eval_batches(batch_size)[RANK::WORLD]
-    shown = set(np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist())
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-    rows, labels_shown = {}, set()
+    classes, findings = len(dataset.classes), Findings(dataset, samples, folder)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
-    def keep(indices: list[int], images: Tensor, masks: Tensor, sizes: Tensor, predictions: Tensor) -> None:
-        """In a thread, which waits for the device: write what was predicted, and draw the samples' rows."""
-        predictions = predictions.cpu().numpy()
-        for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
-            labels = predictions[i, :h, :w]
-            if folder:
-                dataset.save(folder, index, labels)
-            if index in shown:
-                truth = masks[i, :h, :w].cpu().numpy()
-                image = Image.fromarray(images[i, :, :h, :w].permute(1, 2, 0).cpu().numpy())
-                rows[index] = sample_row(image, truth, labels, palette)
-                labels_shown.update(np.unique(labels).tolist(), np.unique(truth).tolist())
-
-    loaded = zip(batches, load_batches(dataset, batches, workers, device), strict=True)
-    writing = deque()
-    with ThreadPoolExecutor() as writers:
-        for indices, (images, masks, sizes) in progress(loaded, "evaluating", len(batches), "batch"):
+    def predicted() -> Iterator[tuple]:
+        loaded = load_batches(dataset, batches, workers, device)
+        for indices, (images, masks, sizes) in zip(batches, loaded, strict=True):
             with autocast(device, amp):
                 scores = model.scores(model.normalize(images, sizes), scales, flip)
-            predictions = scores.argmax(1).byte()
-            confusion += confusion_matrix(predictions, masks, len(classes))
-            writing.append(writers.submit(keep, indices, images, masks, sizes, predictions))
-            if len(writing) > 2:
-                writing.popleft().result()  # raises what went wrong; and no more than two wait to be written
-        for future in writing:
-            future.result()
+            labels = scores.argmax(1).byte()
+            counts = [confusion_matrix(*pair, classes) for pair in zip(labels, masks, strict=True)]
+            confusion.add_(sum(counts))
+            yield indices, images, masks, sizes, labels, counts
+
+    def look(batch: tuple) -> None:
+        """In a thread, which waits for the device."""
+        indices, images, masks, sizes, labels, counts = batch
+        labels = labels.cpu().numpy()
+        for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
+            findings.add(index, images[i, :, :h, :w], masks[i, :h, :w], labels[i, :h, :w], counts[i])
+
+    with ThreadPoolExecutor() as pool:
+        for _ in progress(ahead(pool, look, predicted(), 2), "evaluating", len(batches), "batch"):
+            pass
     confusion = confusion.cpu()
     if WORLD > 1:
         dist.all_reduce(confusion)
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, (rows, labels_shown))
-        rows = {index: row for part, _ in parts for index, row in part.items()}
-        labels_shown = set().union(*(labels for _, labels in parts))
-    legend = sorted(labels_shown - {IGNORE_INDEX})
-    sheet = sample_sheet([rows[i] for i in sorted(rows)], legend, classes, palette)
-    return {**metrics(confusion), "confusion": confusion.tolist(), "samples": sheet}
+        findings.gather()
+    result = {**metrics(confusion), "confusion": confusion.tolist()}
+    result["samples"] = findings.sheet([findings.samples[index] for index in sorted(findings.samples)])
+    if folder:
+        result["worst"] = findings.sheet([row for _, _, row in findings.worst])
+        result["images"] = [findings.results[index] for index in sorted(findings.results)]
+    return result

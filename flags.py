@@ -19,7 +19,6 @@ SHAPES_DEFAULTS = {
     "batch_size": 4,
     "epochs": 4,
     "base_lr": 0.02,
-    "workers": 2,
 }
 # Without --train these are None unless given: a checkpoint tells what it holds.
 CHECKPOINT_FLAGS = (
@@ -56,9 +55,10 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--train", action=yes, help="train; without this and the next three, evaluate")
+    add("--train", action=yes, help="train; without this and the next four, evaluate")
     add("--check", action=yes, help="look at all files of the data set: what it holds, and its faults")
-    add("--predict", metavar="PATH", nargs="+", help="segment these images, and those in these folders")
+    add("--predict", metavar="PATH", nargs="+", help="segment images, folders of them, patterns; -: stdin's")
+    add("--export", metavar="FILE", help="write the network of --checkpoint to FILE.onnx or FILE.pt2")
     add("--download", metavar="NAME", nargs="+", choices=DOWNLOADS, help=f"fetch {', '.join(DOWNLOADS)}")
     add = group.add_argument
     add("--exp", metavar="NAME", help="name of the experiment, part of the checkpoints' names")
@@ -73,7 +73,7 @@ def make_parser() -> Parser:
     add("--data_root", metavar="DIR", help="where the data set lies, if not under data/")
     add("--split", choices=("train", "val", "test"), default="val", help="part to evaluate")
     add("--crop_size", type=positive, default=513, help="height and width of the training crops")
-    add("--workers", type=int, default=4, help="processes that load images; 0 loads in the main one")
+    add("--workers", type=int, help="processes that load images, 0: the main one (4, or a core each)")
     add("--skip_bad", action=yes, help="decode all files first, leave out the samples that are damaged")
 
     add = parser.add_argument_group("model").add_argument
@@ -100,6 +100,7 @@ def make_parser() -> Parser:
     add("--save_every_iters", type=positive, help="iterations between further checkpoints, within epochs")
     add("--keep", type=positive, help="keep only so many of the newest checkpoints, and the best one")
     add("--log_every", type=positive, default=10, help="iterations between looks at the loss")
+    add("--plots", action=yes, help="draw the log, or the confusion matrix, by matplotlib")
     add("--tensorboard", action=yes, help="write the log and samples for TensorBoard, too")
 
     add = parser.add_argument_group("evaluation and prediction").add_argument
@@ -107,6 +108,7 @@ def make_parser() -> Parser:
     add("--scales", type=float, nargs="+", default=[1.0], help="average the scores over these image sizes")
     add("--flip", action=yes, help="average them over the mirrored image, too")
     add("--samples", type=int, default=8, help="rows of samples.png: image, truth, prediction")
+    add("--confidence", action=yes, help="--predict writes the winning class's probability, too, in grey")
     add("--max_side", type=positive, default=2049, help="--predict shrinks longer images to this")
 
     add = parser.add_argument_group("machine").add_argument
@@ -131,23 +133,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv, argparse.Namespace(**unset))
     check_args(parser, args)
     args.split = args.split or "val"
+    if args.workers is None:  # torch warns of more than there are cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = min(4, cores or 1)
     args.data_root = args.data_root or DATASETS[args.dataset].default_root
     return args
 
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """End with the first mistake that the flags show by themselves."""
-    evaluates = not (args.train or args.predict or args.download or args.check)
+    evaluates = not (args.train or args.predict or args.export or args.download or args.check)
     if args.url and len(args.download or ()) != 1:
         parser.error("--url replaces the address of one --download NAME: give one NAME with it")
     if args.url and not args.url.lower().startswith(("http://", "https://")):
         parser.error(f"--url {args.url!r} is no http:// or https:// address; a file at hand goes to data/")
-    if WORLD > 1 and (args.download or args.predict or args.check):
-        parser.error("--download, --predict and --check run in one process: leave out torchrun")
+    if WORLD > 1 and not (args.train or evaluates):
+        parser.error("only training and evaluation take several processes: leave out torchrun")
     if args.predict and args.compile:
         parser.error("--compile is for training and evaluation: photos have too many sizes to compile for")
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint FILE")
+    if (args.predict or args.export) and not args.checkpoint:
+        parser.error(f"--{'predict' if args.predict else 'export'} needs --checkpoint FILE")
+    if args.export and (args.scales != [1.0] or args.flip):
+        parser.error("--export writes one pass of the network: leave out --scales and --flip")
     if args.train and args.split:
         parser.error("--split is for evaluation: training reads the train part, and validates on val")
     if args.train and args.checkpoint:
@@ -160,7 +167,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--exp {args.exp!r} becomes part of a file's name: leave out slashes and line ends")
     if args.exp and len(os.fsencode(args.exp)) > 120:
         parser.error("--exp becomes part of a file's name: use at most 120 letters")
-    if min(args.seed, args.workers, args.samples) < 0:
+    if min(args.seed, args.workers or 0, args.samples) < 0:
         parser.error("--seed, --workers and --samples cannot be negative")
     if args.seed >= 2**63:
         parser.error("--seed is below 2**63")

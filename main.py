@@ -9,6 +9,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import math
+import multiprocessing
 import sys
 import time
 import zlib
@@ -27,14 +28,16 @@ from tqdm import tqdm
 import check
 import datasets
 import deeplab
+import export
 import pictures
+import plots
 import prediction
 import runs
 import utils
 from datasets import SegmentationDataset
 from deeplab import DeepLabv3, ModelError
 from downloads import download_all
-from evaluation import evaluate
+from evaluation import ImageResult, evaluate
 from flags import parse_args
 from utils import IGNORE_INDEX, LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
 
@@ -444,6 +447,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
             if log:
                 log.write(row, result["samples"])
+                if args.plots:
+                    plots.plot_run(f"data/{run.name}.png", log.rows())
         if saves and log:
             run.prune(path, args.keep, log.best.epoch if log.best else None)
         window = Window(done, device)
@@ -498,15 +503,20 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if not dataset.has_masks:
         print(f"without masks there is nothing to compare with: the predictions are in {folder}")
         return
-    samples, iou = result.pop("samples"), dict(zip(dataset.classes, result["iou"], strict=True))
-    pictures.save_image(f"{folder}/samples.png", samples)
+    iou = dict(zip(dataset.classes, result["iou"], strict=True))
+    for name in ("samples", "worst"):
+        pictures.save_image(f"{folder}/{name}.png", result.pop(name))
+    rows = ([f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in result.pop("images"))
+    if args.plots:
+        plots.plot_confusion(f"{folder}/confusion.png", result["confusion"], dataset.classes)
+    utils.save_csv(f"{folder}/per_image.csv", [ImageResult._fields, *rows])
     about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
     utils.save_json(f"{folder}/metrics.json", {**result, "iou": iou, **about})
     print(utils.table(dataset.classes, result))
     for name, value in iou.items():
         print(f"IoU {name}: {percent(value)}")
     print(f"Mean IoU: {percent(result['mean_iou'])}")
-    print(f"predictions, samples.png and metrics.json are in {folder}")
+    print(f"predictions, samples.png, worst.png, per_image.csv and metrics.json are in {folder}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -517,10 +527,20 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
     """The command with --predict: a mask and an overlay for each image. Returns how many failed."""
     files = prediction.image_files(args.predict, args.out)
     model, _ = open_model(args, device)
-    options = args.scales, args.flip, args.max_side, args.amp
+    options = args.eval_batch_size, args.scales, args.flip, args.max_side, args.amp, args.confidence
     failed = prediction.predict_files(model.fuse(), files, args.out, *options)
-    print(f"{len(files) - failed} of {len(files)} images: masks and overlays are in {args.out}")
+    done = f"{len(files) - failed} of {len(files)} images"
+    print(f"{done}: masks, overlays and predictions.csv are in {args.out}")
     return failed
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """The command with --export: the network as it is evaluated, in a file that needs none of this code."""
+    export.check_format(args.export)
+    model, path = open_model(args, torch.device("cpu"))
+    about = {"classes": list(model.classes), "palette": [list(color) for color in model.palette]}
+    export.export(model.fuse(), args.export, {**about, "model": model.config, "checkpoint": path})
+    print(f"{args.export} is written: image uint8 (N, 3, H, W) in, labels uint8 (N, H, W) and logits out")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -566,6 +586,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.check:
         return int(run_check(args) > 0)
+    if args.export:
+        run_export(args)
+        return 0
+    if args.plots:
+        plots.make_figure(1, 1)  # whether it can, before the work
     device = pick_device(args)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -581,6 +606,8 @@ def leave(status: int, line: str | None) -> NoReturn:
     """Exit with a line on stderr."""
     if line:
         print(line, file=sys.stderr, flush=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()  # a loader's that did not end when told to; Python would wait for it
     if WORLD > 1:
         os._exit(status)  # the tidy way out of NCCL waits for the other processes, which may be gone
     sys.exit(status)

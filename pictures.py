@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils import write_whole
+from utils import IGNORE_INDEX, write_whole
 
 Palette = Sequence[Sequence[int]]  # (r, g, b) in 0..255 for each class
 
@@ -56,16 +56,28 @@ def add_legend(
     return canvas
 
 
-def sample_row(image: Image.Image, truth: np.ndarray, labels: np.ndarray, palette: Palette) -> Image.Image:
-    """The image, its truth and its prediction side by side, each to fill 320 x 320."""
+def sample_row(
+    image: Image.Image, truth: np.ndarray, labels: np.ndarray, palette: Palette, title: str | None = None
+) -> Image.Image:
+    """The image, its truth and its prediction side by side, each to fill 320 x 320; with a `title` above them
+    a fourth shows the errors, in the colour of the truth, and whatever is right faintly."""
     scale = 320 / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size)
     masks = (Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in (truth, labels))
     truth, labels = map(np.asarray, masks)
-    row = Image.new("RGB", (3 * 324, size[1] + 4), "white")
-    for i, tile in enumerate((image, colorize(truth, palette), overlay(image, labels, palette))):
-        row.paste(tile, (324 * i, 0))
+    tiles, top = [image, colorize(truth, palette), overlay(image, labels, palette)], 0
+    if title is not None:
+        # Pale, not dark: on black the errors in a black background could not be seen.
+        faint = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", size, "white"), 0.7)
+        wrong = (truth != labels) & (truth != IGNORE_INDEX)
+        faint.paste(colorize(truth, palette), mask=Image.fromarray(wrong))
+        tiles, top = [*tiles, faint], 20
+    row = Image.new("RGB", (len(tiles) * 324, top + size[1] + 4), "white")
+    for i, tile in enumerate(tiles):
+        row.paste(tile, (324 * i, top))
+    if title:
+        ImageDraw.Draw(row).text((4, 1), title, fill="black", font=ImageFont.load_default(14))
     return row
 
 
@@ -73,7 +85,8 @@ def sample_sheet(
     rows: Sequence[Image.Image], labels: Sequence[int], classes: Sequence[str], palette: Palette
 ) -> Image.Image:
     """The rows one below the other, and the legend of the labels."""
-    sheet = Image.new("RGB", (3 * 324, sum(row.height for row in rows)), "white")
+    width = max((row.width for row in rows), default=324)
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
     y = 0
     for row in rows:
         sheet.paste(row, (0, y))

@@ -308,6 +308,11 @@ class RunLog:
                 self.board.add_image("samples", np.array(samples), row["iteration"], dataformats="HWC")
             self.board.flush()
 
+    def rows(self) -> list[dict]:
+        """All rows so far, those of the run that this one resumed, too; see `read_rows`."""
+        self.file.seek(0)
+        return read_rows(self.file.read(), self.columns)
+
     def close(self) -> None:
         self.file.close()
         if self.board:

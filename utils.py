@@ -1,10 +1,15 @@
 """Errors, stop signals, files that are whole or absent, measures: what the other modules share."""
 
+import csv
+import io
 import json
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import BinaryIO, TextIO
 
@@ -114,18 +119,34 @@ class Output:
 
 
 def progress(items: Iterable, what: str, total: int, unit: str = "img") -> Iterator:
-    """The items, with a bar on the terminal once they have taken two seconds.
+    """The items, with a bar on the terminal once they have taken two seconds, or, where the output is no
+    terminal, a line every 30 seconds.
 
     Raises:
         Stopped: if a stop signal has come.
     """
+    said = time.perf_counter()
     with tqdm(
         total=total, desc=what, unit=unit, delay=2, disable=None, leave=False, dynamic_ncols=True
     ) as bar:
-        for item in items:
+        for done, item in enumerate(items, 1):
             end_if_stopped()
             yield item
             bar.update()
+            if bar.disable and time.perf_counter() - said > 30:
+                said = time.perf_counter()
+                print(f"{what}: {done} of {total}", flush=True)
+
+
+def ahead(pool: Executor, function: Callable, items: Iterable, most: int) -> Iterator:
+    """`function` of each item in their order; the pool computes at most `most` of them before their turn."""
+    pending: deque[Future] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > most:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def write_whole(path: str, write: Callable[[BinaryIO], None]) -> None:
@@ -179,6 +200,13 @@ def read_lines(path: str, remedy: str) -> Iterator[tuple[int, str]]:
 def save_json(path: str, value: dict) -> None:
     """Write `value` as JSON, whole or not at all."""
     write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def save_csv(path: str, rows: Iterable[Sequence]) -> None:
+    """Write rows, the first of them the columns' names, as CSV, whole or not at all."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Evaluation: counts, published checkpoints, test-time gains, what it writes, what test servers take."""
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from conftest import (
 from PIL import Image
 
 import deeplab
+import plots
 from datasets import CITYSCAPES_CLASSES, Cityscapes, ListSegmentation, SegmentationDataset
 from evaluation import evaluate
 from masks import Labels
@@ -151,6 +154,78 @@ def test_samples_and_table(cli, trained, tmp_path):
     assert table[0].split() == ["class", "IoU", "accuracy", "pixels"] and table[1].startswith("a      #")
 
 
+def reference(truth, labels, classes):
+    """A row of per_image.csv, counted pixel by pixel."""
+    counts = Counter(zip(truth.ravel().tolist(), labels.ravel().tolist(), strict=True))
+    counts = {pair: count for pair, count in counts.items() if pair[0] != 255}
+    ious, total = [], sum(counts.values())
+    for c in range(len(classes)):
+        union = sum(count for pair, count in counts.items() if c in pair)
+        ious += [counts.get((c, c), 0) / union] if union else []
+    right = sum(count for (a, b), count in counts.items() if a == b)
+    wrong = {pair: count for pair, count in counts.items() if pair[0] != pair[1]}
+    a, b = min((pair for pair in wrong if wrong[pair] == max(wrong.values())), default=(None, None))
+    numbers = [f"{np.mean(ious):.6f}", f"{right / total:.6f}"] if total else ["", ""]
+    return [
+        *numbers,
+        classes[a] if wrong else "",
+        classes[b] if wrong else "",
+        str(max(wrong.values(), default=0)),
+    ]
+
+
+def test_results_of_single_images(cli, trained, tmp_path):
+    """The file of all, and the picture of the worst with the places of their errors."""
+    root = make_list_dataset(tmp_path / "set", val=7)
+    for i in range(7):
+        mask = np.array(Image.open(root / f"masks/val{i}.png"))
+        mask[:, :20] = 255 if i < 6 else mask[:, :20]
+        mask[40:, 30:60] = i % 3
+        Image.fromarray(mask if i != 2 else np.full_like(mask, 255)).save(root / f"masks/val{i}.png")
+    flags = ["--checkpoint", trained[0], "--dataset", "custom", "--data_root", root]
+    assert cli(*flags, "--samples", 3, "--eval_batch_size", 2, "--workers", 0)[0] == 0
+    folder, classes = tmp_path / "data/val" / trained[0].stem, ["a", "b", "c"]
+    header, *rows = csv.reader((folder / "per_image.csv").read_text().splitlines())
+    assert header == ["name", "mean_iou", "pixel_accuracy", "truth", "predicted_as", "pixels"]
+    pairs = []
+    for i, row in enumerate(rows):
+        names = (folder / f"val{i}.png", root / f"masks/val{i}.png")
+        pairs.append([np.array(Image.open(name)) for name in names])
+        labels, truth = pairs[-1]
+        assert row == [f"val{i}", *reference(truth, labels, classes)]
+    assert len(rows) == 7 and rows[2][1:] == ["", "", "", "", "0"] and len({row[1] for row in rows}) > 4
+
+    worst = sorted((float(row[1]), i) for i, row in enumerate(rows) if row[1])[:3]
+    sheet, palette = np.asarray(Image.open(folder / "worst.png").convert("RGB")), voc_palette(3)
+    assert sheet.shape[1] == 4 * 324 and 0 < sheet.shape[0] - 3 * 264 < 40
+    for row, (_, i) in enumerate(worst):
+        labels, truth = pairs[i]
+        title, errors = (
+            sheet[264 * row : 264 * row + 20],
+            sheet[264 * row + 22 :: 4, 3 * 324 + 2 :: 4][:60, :80],
+        )
+        assert title.min() < 50  # something is written there
+        wrong = (labels != truth) & (truth != 255)
+        assert wrong.any() and np.array_equal(errors[wrong], np.array(palette)[truth[wrong]])
+        assert errors[~wrong].min() > 150
+    assert cli(*flags, "--samples", 0, "--workers", 0)[0] == 0
+    assert Image.open(folder / "worst.png").height < 40
+
+
+def test_plot_of_the_confusion(cli, trained, tmp_path, monkeypatch):
+    """Readable for any number of classes, whatever their names; without matplotlib it is said at once."""
+    flags = ["--checkpoint", trained[0], "--dataset", "custom", "--data_root", trained[1], "--plots"]
+    assert cli(*flags)[0] == 0
+    assert Image.open(tmp_path / "data/val" / trained[0].stem / "confusion.png").width >= 400
+    for count, cell in ((1, 42), (2, 42), (21, 42), (150, 14)):
+        names = [f"${i} class_{i}" for i in range(count)]
+        plots.plot_confusion("plot.png", np.eye(count, dtype=int).tolist(), names)
+        assert min(Image.open("plot.png").size) > max(399, cell * count)  # pixels
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = cli(*flags[2:], "--checkpoint", "absent.pth")
+    assert status == 1 and one_line(err) and "pip install matplotlib" in err
+
+
 def test_skip_bad_in_evaluation_counts_what_is_left(cli, smallest, tmp_path):
     spoil("none", tmp_path / "x.pth")
     damage("cut", tmp_path / "set/images/val1.jpg")
@@ -177,14 +252,19 @@ def test_masks_of_one_name(cli, smallest, tmp_path):
     assert cli("--checkpoint", "x.pth", *smallest)[0] == 0
     folder = tmp_path / "data/val/x"
     written = {str(path.relative_to(folder)): Image.open(path).width for path in folder.rglob("*.png")}
-    assert written.pop("samples.png") == 972 and written == {
-        "masks/a/m.png": 40,
-        "masks/b/m.png.png": 41,
-        "masks/b/m.bmp.png": 42,
-        "masks/samples.png": 43,
-        "out.png": 44,
-        "val0.png": 45,
-    }
+    assert (
+        written.pop("samples.png") == 972
+        and written.pop("worst.png") == 1296
+        and written
+        == {
+            "masks/a/m.png": 40,
+            "masks/b/m.png.png": 41,
+            "masks/b/m.bmp.png": 42,
+            "masks/samples.png": 43,
+            "out.png": 44,
+            "val0.png": 45,
+        }
+    )
 
 
 def test_thin_images_have_small_pictures(cli, smallest, tmp_path):

@@ -74,7 +74,8 @@ def test_two_processes_train_and_evaluate(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
     assert cli("--exp", "x", "--epochs", 2, *flags)[0] == 0
     one = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {f"val{i}.png" for i in range(5)} | {"samples.png", "metrics.json"} == set(one)
+    others = {"samples.png", "worst.png", "per_image.csv", "metrics.json"}
+    assert {f"val{i}.png" for i in range(5)} | others == set(one)
     two, one = (json.loads(files.pop("metrics.json"))["confusion"] for files in (two, one)), (two, one)
     counts_of_two, counts_of_one = two
     assert counts_of_two == counts_of_one and one[0] == one[1]

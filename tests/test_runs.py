@@ -17,9 +17,11 @@ import pytest
 import tiny
 import torch
 from conftest import SMALL, TINY, make_list_dataset, one_line, same_weights, spoil
+from PIL import Image
 
 import deeplab
 import main
+import plots
 from runs import Best, Place, Run, RunLog, load_progress
 from utils import STOP_SIGNALS, UserError, stop_signals
 
@@ -589,6 +591,22 @@ def test_tensorboard(cli, tmp_path):
         assert status == 1 and "pip install tensorboard" in err
     else:
         assert cli(*flags, "--tensorboard")[0] == 0 and list((tmp_path / "data/runs/x").iterdir())
+
+
+def test_plot_of_a_run(cli, smallest, tmp_path, monkeypatch):
+    """Drawn at each validation, of all rows: those before a stop, too."""
+    drawn, draw = [], plots.plot_run
+
+    def counted(path, rows):
+        drawn.append((path, len(rows)))
+        draw(path, rows)
+
+    monkeypatch.setattr(plots, "plot_run", counted)
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--plots"]
+    assert cli(*flags, "--epochs", 2)[0] == 0
+    assert cli(*flags, "--epochs", 3, "--resume", "auto")[0] == 0
+    assert drawn == [("data/deeplab_resnet50_custom_v3_x.png", count) for count in (1, 2, 3)]
+    assert Image.open(drawn[0][0]).size == (800, 800)
 
 
 def test_keep_leaves_the_newest_and_the_best(cli, smallest, tmp_path, monkeypatch):
