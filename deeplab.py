@@ -276,10 +276,11 @@ class DeepLabv3(ResNet):
         """The `scores`, with its options, of uint8 images (N, 3, H, W): they are normalised, padded to the
         output stride, and what was padded is cut off again."""
         stride = self.config["output_stride"]
-        below, right = (-(side - 1) % stride for side in images.shape[2:])
+        # In these operations, and the cut not a slice, so that torch.export takes any size.
+        below, right = ((side + stride - 2) // stride * stride + 1 - side for side in images.shape[2:])
         x = F.pad((images - self.pixel_mean) / self.pixel_std, [0, right, 0, below])
         scores = self.scores(x.contiguous(memory_format=self.memory_format), *options, **more_options)
-        return F.pad(scores, [0, -right, 0, -below])  # with a slice torch.export would refuse some sizes
+        return F.pad(scores, [0, -right, 0, -below])
 
     @torch.inference_mode()
     def predict(

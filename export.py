@@ -52,7 +52,7 @@ def export(model: DeepLabv3, path: str, about: dict) -> None:
     about = {key: json.dumps(value) for key, value in about.items()}
     # Sizes that are neither alike nor fit the output stride: nothing about them can be taken for granted.
     example = torch.zeros(2, 3, 97, 131, dtype=torch.uint8)
-    sizes = {"image": {axis: torch.export.Dim(name) for axis, name in SIZES.items()}}
+    sizes = {"image": dict.fromkeys(SIZES, torch.export.Dim.DYNAMIC)}
 
     def write(file: BinaryIO) -> None:
         print("tracing the network", flush=True)
@@ -106,7 +106,11 @@ def save_onnx(program: torch.export.ExportedProgram, file: BinaryIO, about: dict
         "output_names": ["labels", "logits"],
         "dynamic_shapes": {"image": SIZES},
     }
-    proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    try:
+        proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    except torch.onnx.OnnxExporterError as error:  # torch 2.6
+        way_out = "use a newer torch, or export to .pt2"
+        raise UserError(f"torch {torch.__version__} cannot write this network as ONNX: {way_out}") from error
     onnx.helper.set_model_props(proto, about)
     file.write(proto.SerializeToString())
 

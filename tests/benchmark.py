@@ -164,6 +164,68 @@ def forward_rows(device: torch.device, sync: Callable, rounds: int) -> list[tupl
     return rows
 
 
+@torch.inference_mode()
+def runtime_rows(device: torch.device, rounds: int) -> list[tuple]:
+    """The compiled pass beside the runtimes that are installed, all with the same folded network; and in
+    bfloat16 beside float32, where the processor has it."""
+    if device.type == "cuda":
+        return []
+    x, fused = torch.randn(1, 3, SIZE, SIZE), deeplab.resnet101(False).fuse()
+    ours = {amp: compiled_pass(fused, x, amp) for amp in (("none", "bf16") if has_bf16() else ("none",))}
+    expected = ours["none"]().argmax(1)
+    peers = {("in float32", "bf16"): ours["none"], **runtimes(fused, x)}
+    rows = []
+    for (name, amp), peer in peers.items():
+        if amp not in ours:
+            continue
+        a, b, ratio = compare(ours[amp], peer, rounds, lambda: None)
+        agreement = (ours[amp]().argmax(1) == expected).float().mean().item()
+        share = f", bfloat16, labels as in float32: {agreement:.1%}" if amp == "bf16" else ""
+        what = f"forward, fused and compiled{share}; {name}"
+        rows.append((what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
+    return rows
+
+
+def compiled_pass(fused: deeplab.DeepLabv3, x: Tensor, amp: str) -> Callable[[], Tensor]:
+    model = copy.deepcopy(fused).place("cpu")
+    model.compile(dynamic=False)
+    x = x.contiguous(memory_format=model.memory_format)
+
+    def run() -> Tensor:
+        with deeplab.autocast(x.device, amp):
+            return model(x)
+
+    return run
+
+
+def runtimes(fused: deeplab.DeepLabv3, x: Tensor) -> dict[tuple[str, str], Callable]:
+    """A pass of each runtime that is installed, by its name and number format."""
+    passes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/network.onnx"
+        try:
+            import onnxruntime
+
+            torch.onnx.export(fused, (x,), path, dynamo=True, verbose=False, external_data=False)
+            session = onnxruntime.InferenceSession(path)
+            feed = {session.get_inputs()[0].name: x.numpy()}
+            passes["onnxruntime's", "none"] = partial(session.run, None, feed)
+            import openvino
+
+            for amp, precision in (("none", "f32"), ("bf16", "bf16")):
+                hint = {"INFERENCE_PRECISION_HINT": precision}
+                network = openvino.Core().compile_model(path, "CPU", hint)
+                passes["OpenVINO's", amp] = partial(network, [x.numpy()])
+        except ImportError as error:
+            print(f"<!-- {error.name} is not installed: no row of it -->")
+    return passes
+
+
+def has_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "_bf16" in info.read_text()
+
+
 def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
     cuda = device.type == "cuda"
     backbone, crop, batch = ("resnet101", SIZE, 16) if cuda else ("resnet50", 129, 4)
@@ -238,6 +300,7 @@ def run() -> None:
         for measure, *inputs in (
             (input_rows, dataset),
             (forward_rows, device, sync, 30 if cuda else 4),
+            (runtime_rows, device, 5),
             (training_rows, device, sync),
             (evaluation_rows, few, device, sync),
             (count_rows, device, sync),

@@ -14,6 +14,9 @@ from PIL import Image
 import deeplab
 import export
 
+writes_onnx = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot write these networks as ONNX"
+)
 NETWORKS = {
     "bn": {},
     "gn_ws": {"num_groups": 32, "weight_std": True},
@@ -47,7 +50,12 @@ def run_file(path, images):
 
 
 @pytest.mark.parametrize(
-    ("network", "ending"), [*((network, "onnx") for network in NETWORKS), ("bn", "pt2"), ("gn_ws", "pt2")]
+    ("network", "ending"),
+    [
+        *(pytest.param(network, "onnx", marks=writes_onnx) for network in NETWORKS),
+        ("bn", "pt2"),
+        ("gn_ws", "pt2"),
+    ],
 )
 def test_exported_network_predicts_as_the_model(cli, tmp_path, monkeypatch, network, ending):
     """Images of any size and number, among them those that fit the output stride and the smallest."""
@@ -71,6 +79,7 @@ def test_exported_network_predicts_as_the_model(cli, tmp_path, monkeypatch, netw
         assert (labels == expected).mean() >= (0.999 if labels.size > 1000 else 1)
 
 
+@writes_onnx
 def test_names_and_colours_travel_in_the_file(cli, tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "x.pth", monkeypatch, output_stride=32)
     for ending in ("onnx", "pt2"):
@@ -91,15 +100,17 @@ def test_export_of_a_published_checkpoint(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
     state = {f"module.{key}": tensor for key, tensor in deeplab.resnet50(False).state_dict().items()}
     torch.save({"epoch": 50, "state_dict": state, "optimizer": {}}, tmp_path / "x.pth")
-    status, _, err = cli("--export", "x.onnx", "--checkpoint", "x.pth")
+    status, _, err = cli("--export", "x.pt2", "--checkpoint", "x.pth")
     assert status == 1 and one_line(err) and "--backbone" in err
-    assert cli("--export", "x.onnx", "--checkpoint", "x.pth", "--backbone", "resnet50")[0] == 0
-    assert len(json.loads(InferenceSession("x.onnx").get_modelmeta().custom_metadata_map["classes"])) == 21
+    assert cli("--export", "x.pt2", "--checkpoint", "x.pth", "--backbone", "resnet50")[0] == 0
+    files = {"classes": ""}
+    torch.export.load("x.pt2", extra_files=files)
+    assert len(json.loads(files["classes"])) == 21
 
 
 def test_export_that_differs_is_not_left_behind(cli, tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "x.pth", monkeypatch)
-    save, load = export.FORMATS[".onnx"]
+    save, load = export.FORMATS[".pt2"]
 
     def load_shifted(path):
         run = load(path)
@@ -110,8 +121,8 @@ def test_export_that_differs_is_not_left_behind(cli, tmp_path, monkeypatch):
 
         return shifted
 
-    monkeypatch.setitem(export.FORMATS, ".onnx", (save, load_shifted))
-    status, _, err = cli("--export", "x.onnx", "--checkpoint", "x.pth")
+    monkeypatch.setitem(export.FORMATS, ".pt2", (save, load_shifted))
+    status, _, err = cli("--export", "x.pt2", "--checkpoint", "x.pth")
     assert status == 1 and one_line(err) and "not written" in err and os.listdir(tmp_path) == ["x.pth"]
 
 

@@ -1,6 +1,10 @@
 """Prediction: people's own photos, and use from Python."""
 
+import csv
+import io
 import os
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from conftest import bomb, one_line, spoil
 from PIL import Image
 
 import deeplab
+import prediction
 from utils import confusion_matrix, metrics
 
 
@@ -191,3 +196,102 @@ def test_prediction_whose_classes_nobody_names(cli, tmp_path):
     spoil("none", tmp_path / "x.pth")
     status, _, err = cli("--predict", "x.jpg", "--checkpoint", "x.pth", "--dataset", "custom")
     assert status == 1 and one_line(err) and "--data_root" in err
+
+
+def test_patterns_and_a_list_on_standard_input(cli, trained, tmp_path, monkeypatch):
+    for name in ("in/a.png", "in/b.jpg", "in/deep/c.png", "in/notes.txt", "in/[d].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name, "PNG")
+    flags = ["--checkpoint", trained[0], "--out", "out"]
+
+    def predicted(*paths):
+        assert cli("--predict", *paths, *flags)[0] == 0
+        rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+        return [row[0] for row in rows[1:]]
+
+    assert predicted("in/*.png") == ["in/[d].png", "in/a.png"]
+    assert predicted("in/**/*.png", "in/a.png") == ["in/[d].png", "in/a.png", "in/deep/c.png"]
+    assert predicted("in/[d].png") == ["in/[d].png"]  # a file's name, though it looks like a pattern
+    monkeypatch.setattr(sys, "stdin", io.StringIO("in/b.jpg\nin/deep\n\nin/*.jpg"))
+    assert predicted("-", "in/a.png") == ["in/b.jpg", "in/deep/c.png", "in/a.png"]
+    status, _, err = cli("--predict", "in/*.gif", *flags)
+    assert status == 1 and one_line(err) and "in/*.gif" in err
+    status, _, err = cli("--predict", "**/*.png", *flags)
+    assert status == 1 and one_line(err) and "--out" in err
+
+
+def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
+    """In batches, whose results are those of single images, in the order in which they were named."""
+    rng, sizes = np.random.default_rng(0), [(40, 30), (30, 40), (40, 30), (40, 30), (30, 40), (40, 30)]
+    model, shapes = deeplab.load(str(trained[0])), []
+    (tmp_path / "in").mkdir()
+    for i, size in enumerate(sizes):
+        blocks = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/2.jpg").write_bytes(b"no picture")
+    segment = deeplab.DeepLabv3.segment
+
+    def noted(self, images, *options, **more):
+        shapes.append(tuple(images.shape))
+        return segment(self, images, *options, **more)
+
+    monkeypatch.setattr(deeplab.DeepLabv3, "segment", noted)
+    flags = ["--checkpoint", trained[0], "--out", "out", "--eval_batch_size", 3, "--confidence"]
+    status, _, err = cli("--predict", "in", *flags)
+    assert status == 1 and one_line(err)
+    assert shapes == [(3, 3, 30, 40), (1, 3, 30, 40), (2, 3, 40, 30)]
+    header, *rows = csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines())
+    assert header == ["file", "a", "b", "c"] and [row[0] for row in rows] == [f"in/{i}.png" for i in range(6)]
+    for i, size in enumerate(sizes):
+        stem = "2_" if i == 2 else str(i)  # after 2.jpg
+        labels = np.array(Image.open(tmp_path / f"out/{stem}_mask.png"))
+        expected = model.predict(tmp_path / f"in/{i}.png")
+        assert labels.shape == size[::-1] and (labels == expected).mean() > 0.99
+        shares = [(labels == label).mean() for label in range(3)]
+        assert np.allclose(np.array(rows[i][1:], float), shares, atol=1e-6)
+        grey = np.array(Image.open(tmp_path / f"out/{stem}_confidence.png"))
+        pixels = torch.from_numpy(np.array(Image.open(tmp_path / f"in/{i}.png"))).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            best = segment(model, pixels)[0].softmax(0).amax(0)
+        assert grey.shape == labels.shape and np.abs(grey - 255 * best.numpy()).max() <= 1
+
+
+def test_probabilities_over_scales_and_flip(trained):
+    """One softmax each, of which the mean is taken, whether asked for or not."""
+    model = deeplab.load(str(trained[0]))
+    images = torch.randint(0, 256, (1, 3, 33, 49), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits, single = model.segment(images), model.segment(images, softmax=True)
+        double = model.segment(images, (1.0,), True, softmax=True)
+        assert torch.allclose(logits.softmax(1), single) and not torch.allclose(single, double)
+        assert torch.allclose(double.sum(1), torch.ones(1))
+        assert torch.equal(double, model.segment(images, (1.0,), True))
+
+
+def test_many_photos_in_bounded_memory(trained, tmp_path):
+    """Decoding does not run away from the network, nor the network from writing."""
+    alive, most = 0, 0
+    model = deeplab.load(str(trained[0])).fuse()
+    lock, to_pixels, write = threading.Lock(), prediction.to_pixels, prediction.write_result
+
+    def count(by):
+        nonlocal alive, most
+        with lock:
+            alive += by
+            most = max(most, alive)
+
+    def counted_pixels(*args):
+        count(1)
+        return to_pixels(*args)
+
+    def counted_write(*args):
+        result = write(*args)
+        count(-1)
+        return result
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "to_pixels", counted_pixels)
+        patch.setattr(prediction, "write_result", counted_write)
+        assert prediction.predict_files(model, 200 * [str(tmp_path / "a.png")], str(tmp_path / "out"), 2) == 0
+    assert alive == 0 and most <= 8

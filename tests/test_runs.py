@@ -590,7 +590,8 @@ def test_tensorboard(cli, tmp_path):
         status, _, err = cli(*flags, "--tensorboard")
         assert status == 1 and "pip install tensorboard" in err
     else:
-        assert cli(*flags, "--tensorboard")[0] == 0 and list((tmp_path / "data/runs/x").iterdir())
+        assert cli(*flags, "--tensorboard")[0] == 0
+        assert list((tmp_path / "data/runs/deeplab_resnet50_custom_v3_x").iterdir())
 
 
 def test_plot_of_a_run(cli, smallest, tmp_path, monkeypatch):
