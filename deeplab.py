@@ -74,6 +74,8 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in the number format of its input, where autocast on CUDA would give, and keep, float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
@@ -206,7 +208,13 @@ class DeepLabv3(ResNet):
                 block.conv2.dilation = block.conv2.padding = (rate, rate)
         rates = [rate * 16 // output_stride for rate in aspp_rates]
         self.aspp = ASPP(2048, num_classes, rates, image_pooling, aspp_norm)
+        self.initialize(weight_std)
+        self.memory_format = torch.contiguous_format
+        self.register_buffer("pixel_mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
 
+    def initialize(self, weight_std: bool) -> None:
+        """Draw the weights of the layers that torchvision does not have; standardise them all if wanted."""
         # torchvision has initialised its own layers: normal, std sqrt(2 / (k*k*out)). The new ones follow
         # suit, but for the classifier under weight standardisation, which keeps PyTorch's default as in the
         # published models.
@@ -219,9 +227,6 @@ class DeepLabv3(ResNet):
             for conv in self.modules():
                 if isinstance(conv, nn.Conv2d) and conv is not self.aspp.conv3:
                     conv.__class__ = WSConv2d
-        self.memory_format = torch.contiguous_format
-        self.register_buffer("pixel_mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def place(self, device: torch.device | str) -> "DeepLabv3":
         """Move to a device, in the memory format to use there."""

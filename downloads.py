@@ -9,7 +9,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Sequence
-from glob import glob
 from http.client import HTTPException
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -17,7 +16,8 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from utils import UserError, end_if_stopped, write_whole
+from lists import make_voc_lists
+from utils import UserError, end_if_stopped
 
 TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # of a download: requests, seconds between them, seconds of silence
 
@@ -256,30 +256,3 @@ def merge(source: str, target: str, last: str) -> None:
             merge(old, new, rest if name == last else "")
         elif not os.path.lexists(new):
             os.rename(old, new)
-
-
-def make_voc_lists(folder: str) -> None:
-    """Write list/val.txt and list/train_aug.txt from what is in the folder VOC2012: the validation images of
-    VOC 2012, and every other mask of SegmentationClassAug (10,582 of them).
-
-    Raises:
-        UserError: if the masks or VOC's own list are missing.
-    """
-    path = os.path.join(folder, "ImageSets", "Segmentation", "val.txt")
-    masks = os.path.join(folder, "SegmentationClassAug")
-    try:
-        with open(path, encoding="utf-8") as file:
-            val = file.read().split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not text")
-        raise UserError(
-            f"cannot read {path} ({reason}): it is part of VOCtrainval_11-May-2012.tar"
-        ) from error
-    train = sorted({name.removesuffix(".png") for name in glob("*.png", root_dir=masks)} - set(val))
-    if not val or not train:
-        raise UserError(f"no lists can be made from {masks} and {path}: one of them holds too little")
-    for split, names in (("val", val), ("train_aug", train)):
-        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
-        write_whole(
-            os.path.join(folder, "list", f"{split}.txt"), lambda file, text=lines: file.write(text.encode())
-        )

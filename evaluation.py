@@ -75,6 +75,13 @@ class Findings:
             with self.lock:
                 self.keep_worst([(iou, index, row)])
 
+    def add_batch(self, batch: tuple) -> None:
+        """A padded batch of `evaluate`; it waits for the device."""
+        indices, images, masks, sizes, labels, counts = batch
+        labels = labels.cpu().numpy()
+        for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
+            self.add(index, images[i, :, :h, :w], masks[i, :h, :w], labels[i, :h, :w], counts[i])
+
     def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray, title: str | None = None) -> Row:
         picture, truth = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), truth.cpu().numpy()
         seen = {*np.unique(labels).tolist(), *np.unique(truth).tolist()} - {IGNORE_INDEX}
@@ -145,15 +152,9 @@ def evaluate(
             confusion.add_(sum(counts))
             yield indices, images, masks, sizes, labels, counts
 
-    def look(batch: tuple) -> None:
-        """In a thread, which waits for the device."""
-        indices, images, masks, sizes, labels, counts = batch
-        labels = labels.cpu().numpy()
-        for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
-            findings.add(index, images[i, :, :h, :w], masks[i, :h, :w], labels[i, :h, :w], counts[i])
-
     with ThreadPoolExecutor() as pool:
-        for _ in progress(ahead(pool, look, predicted(), 2), "evaluating", len(batches), "batch"):
+        added = ahead(pool, findings.add_batch, predicted(), 2)
+        for _ in progress(added, "evaluating", len(batches), "batch"):
             pass
     confusion = confusion.cpu()
     if WORLD > 1:

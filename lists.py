@@ -5,8 +5,9 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from glob import glob
 
-from utils import UserError, read_lines
+from utils import UserError, read_lines, write_whole
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 SPLITS = ("train", "val", "test")
@@ -78,6 +79,33 @@ def read_list(root: str, name: str, remedy: str) -> Pairs:
                 raise UserError(f"{path}:{number}: expected `/image /mask` ({hint}), got {line!r}")
 
     return Pairs(root, pairs())
+
+
+def make_voc_lists(folder: str) -> None:
+    """Write list/val.txt and list/train_aug.txt from what is in the folder VOC2012: the validation images of
+    VOC 2012, and every other mask of SegmentationClassAug (10,582 of them).
+
+    Raises:
+        UserError: if the masks or VOC's own list are missing.
+    """
+    path = os.path.join(folder, "ImageSets", "Segmentation", "val.txt")
+    masks = os.path.join(folder, "SegmentationClassAug")
+    try:
+        with open(path, encoding="utf-8") as file:
+            val = file.read().split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "not text")
+        raise UserError(
+            f"cannot read {path} ({reason}): it is part of VOCtrainval_11-May-2012.tar"
+        ) from error
+    train = sorted({name.removesuffix(".png") for name in glob("*.png", root_dir=masks)} - set(val))
+    if not val or not train:
+        raise UserError(f"no lists can be made from {masks} and {path}: one of them holds too little")
+    for split, names in (("val", val), ("train_aug", train)):
+        lines = "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
+        write_whole(
+            os.path.join(folder, "list", f"{split}.txt"), lambda file, text=lines: file.write(text.encode())
+        )
 
 
 def pair_folders(root: str, split: str) -> Pairs:

@@ -215,11 +215,11 @@ def loss_weights(
     return torch.tensor([float(weight) for weight in args.class_weights], device=device)
 
 
-def smallest_batch(args: argparse.Namespace, device: torch.device, length: int) -> int:
-    """The number of images that a batch must have, of `length` in the training list.
+def make_batches(args: argparse.Namespace, device: torch.device, length: int) -> datasets.TrainBatches:
+    """The batches of the whole run, on a training list of that `length`.
 
     Raises:
-        UserError: if --batch_size or the list has fewer.
+        UserError: if a batch would have fewer images than training needs.
     """
     if args.groups or args.freeze_bn:
         smallest, way_out = WORLD, "use a larger --batch_size or fewer processes"
@@ -236,7 +236,7 @@ def smallest_batch(args: argparse.Namespace, device: torch.device, length: int) 
         if smallest > WORLD:
             what = "BatchNorm cannot train on batches of one image"
         raise UserError(f"{what} ({have}): {way_out}")
-    return smallest
+    return datasets.TrainBatches(length, args.batch_size, args.epochs, args.seed, smallest, RANK, WORLD)
 
 
 def start_model(
@@ -383,10 +383,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(
         f"{len(train_set)} images to train on, {len(val_set)} to validate, {len(train_set.classes)} classes"
     )
-    smallest, weights = smallest_batch(args, device, len(train_set)), loss_weights(args, train_set, device)
-    batches = datasets.TrainBatches(
-        len(train_set), args.batch_size, args.epochs, args.seed, smallest, RANK, WORLD
-    )
+    batches, weights = make_batches(args, device, len(train_set)), loss_weights(args, train_set, device)
 
     # model
     run = runs.Run(args.backbone, args.dataset, args.exp)
@@ -408,14 +405,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     log = runs.RunLog(run, place, args.tensorboard) if RANK == 0 else None
     window, mean_iou = Window(batches.start, device), None
-    bar = tqdm(
-        datasets.load_batches(train_set, batches, args.workers, device),
-        total=batches.max_iter,
-        initial=batches.start,
-        unit="it",
-        disable=True if RANK else None,
-        dynamic_ncols=True,
-    )
+    loaded = datasets.load_batches(train_set, batches, args.workers, device)
+    span = {"total": batches.max_iter, "initial": batches.start, "unit": "it"}
+    bar = tqdm(loaded, **span, disable=True if RANK else None, dynamic_ncols=True)
     model.train()
     for iteration, (images, masks, sizes) in enumerate(bar, batches.start):
         lr = poly_lr(args.base_lr, iteration, batches.max_iter)

@@ -82,22 +82,14 @@ def predict_files(
         except UserError as error:
             return index, error
 
-    @torch.inference_mode()
-    def predict(photos: list[Photo]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Labels uint8 and, with `confidence`, float32 probabilities of each."""
-        pixels = torch.stack([photo.pixels for photo in photos]).to(model.pixel_mean.device)
-        with autocast(pixels.device, amp):
-            best, labels = model.segment(pixels, scales, flip, softmax=confidence).max(1)
-        best = best.cpu().numpy() if confidence else [None] * len(photos)
-        return zip(labels.byte().cpu().numpy(), best, strict=True)
-
     def predicted() -> Iterator[tuple]:
         read_ahead = ahead(pool, read, (index for batch in batches for index in batch), batch_size)
         for batch in batches:
             found = dict(next(read_ahead) for _ in batch)
             yield from ((i, error) for i, error in found.items() if isinstance(error, UserError))
             photos = {i: photo for i, photo in found.items() if isinstance(photo, Photo)}
-            results = predict(list(photos.values())) if photos else ()
+            pixels = [photo.pixels for photo in photos.values()]
+            results = predict_batch(model, pixels, scales, flip, amp, confidence) if photos else ()
             for (index, photo), result in zip(photos.items(), results, strict=True):
                 yield index, photo.image, *result
 
@@ -119,6 +111,24 @@ def predict_files(
     rows = ([files[index], *(f"{share:.6f}" for share in shares[index])] for index in sorted(shares))
     save_csv(f"{out}/predictions.csv", [["file", *model.classes], *rows])
     return len(files) - len(shares)
+
+
+@torch.inference_mode()
+def predict_batch(
+    model: DeepLabv3,
+    pixels: list[Tensor],
+    scales: Sequence[float],
+    flip: bool,
+    amp: str | None,
+    confidence: bool,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Of each image uint8 (3, H, W), all of one size, the labels uint8 (H, W) and, with `confidence`, their
+    probabilities float32 (H, W)."""
+    images = torch.stack(pixels).to(model.pixel_mean.device)
+    with autocast(images.device, amp):
+        best, labels = model.segment(images, scales, flip, softmax=confidence).max(1)
+    best = best.cpu().numpy() if confidence else [None] * len(pixels)
+    return zip(labels.byte().cpu().numpy(), best, strict=True)
 
 
 def write_result(

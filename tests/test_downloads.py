@@ -19,7 +19,8 @@ from torchvision.models import get_model_weights
 import deeplab
 import downloads
 from datasets import VOCSegmentation
-from downloads import DOWNLOADS, Download, download, fetch, make_voc_lists, mirrored
+from downloads import DOWNLOADS, Download, download, fetch, mirrored
+from lists import make_voc_lists
 from pictures import save_mask
 from utils import UserError
 

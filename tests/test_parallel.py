@@ -104,11 +104,14 @@ def test_smallest_batch_of_two_processes(monkeypatch, flags, device, smallest, m
     """An image for each process and part; two where BatchNorm has only its own process' images."""
     monkeypatch.setattr(main, "WORLD", 2)
     args = parse_args(["--train", "--exp", "x", "--batch_size", str(smallest), *flags])
-    assert main.smallest_batch(args, torch.device(device), 100) == smallest
+    assert main.make_batches(args, torch.device(device), 2 * smallest).per_epoch == 2
+    args.batch_size += 1  # the last batch is kept if it is not smaller than that
+    assert main.make_batches(args, torch.device(device), 2 * smallest).per_epoch == 1
+    assert main.make_batches(args, torch.device(device), 2 * smallest + 1).per_epoch == 2
     for size, length in ((smallest - 1, 100), (smallest, smallest - 1)):
         args.batch_size = size
         with pytest.raises(UserError, match=message):
-            main.smallest_batch(args, torch.device(device), length)
+            main.make_batches(args, torch.device(device), length)
 
 
 def test_process_that_dies_ends_the_run_with_a_message(tmp_path):
