@@ -1,15 +1,17 @@
 """What is in a data set, and what is wrong with it, before it is trained on."""
 
 import hashlib
+import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
-from datasets import SegmentationDataset
+from datasets import AHEAD, DATASETS, SegmentationDataset
 from pictures import sample_row, sample_sheet, save_image
-from utils import IGNORE_INDEX, UserError, percent, progress
+from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
 MOST_ROWS = 40  # of the picture
 
@@ -27,7 +29,7 @@ class Part:
         self.faults: list[str] = []
         shares = np.zeros(256)
         with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
-            found = progress(pool.map(self.look, range(count)), f"decoding {split}", count)
+            found = progress(ahead(pool, self.look, range(count), AHEAD), f"decoding {split}", count)
             for index, result in enumerate(found):
                 if isinstance(result, str):
                     self.faults.append(result)
@@ -64,6 +66,28 @@ class Part:
         return line
 
 
+def check(name: str, root: str, splits: Sequence[str]) -> int:
+    """Print what these splits of one of `DATASETS` hold, and what is wrong with them.
+
+    Returns:
+        the number of faults.
+    """
+    parts, faults = [], []
+    for split in splits:
+        try:
+            parts.append(Part(split, DATASETS[name](root, split)))
+        except UserError as error:
+            faults.append(str(error))
+    if parts:
+        title = os.path.basename(os.path.abspath(root)) if name == "custom" else name
+        faults += report(parts, f"data/check/{title}.png")
+    each = {fault.partition(": ")[0]: fault for fault in reversed(faults)}  # once, if several parts have it
+    for fault in reversed(each.values()):
+        print(f"main.py: error: {fault}", file=sys.stderr)
+    print(f"faults: {len(each)}" if each else "no fault was found")
+    return len(each)
+
+
 def report(parts: Sequence[Part], path: str) -> list[str]:
     """Print what the parts hold, draw samples that show every class to `path`, and return the faults."""
     for part in parts:
@@ -72,7 +96,7 @@ def report(parts: Sequence[Part], path: str) -> list[str]:
     if masked:
         print(class_table(masked))
         draw(masked, path)
-        print(f"samples in which every class is seen are in {path}")
+        print(f"samples that show the classes are in {path}")
     first, *others = parts
     for part in others:
         common = sorted(part.hashes[digest] for digest in first.hashes.keys() & part.hashes.keys())

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from deeplab import to_rgb
 from lists import Pairs, find_samples, read_list
-from masks import Labels, describe_pixels, read_classes
+from masks import COLOR_MODES, Labels, describe_pixels, read_classes
 from pictures import Palette, save_image, save_mask, voc_palette
 from shapes import draw_shapes
 from utils import IGNORE_INDEX, UserError, ahead, end_if_stopped, outlive_stop_signals, progress, read_lines
+
+AHEAD = 16  # files, or chunks of names, that threads or processes have in work before their turn
 
 VOC_CLASSES = [
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -180,7 +182,8 @@ class SegmentationDataset(Dataset):
 
         sizes, faults = np.zeros((len(self), 2), np.int32), {}
         with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
-            found = pool.map(decoded_size, range(len(self))) if decode else header_sizes(self.pairs)
+            decoded = ahead(pool, decoded_size, range(len(self)), AHEAD)
+            found = decoded if decode else header_sizes(self.pairs)
             for index, size in enumerate(progress(found, "reading images", len(self))):
                 if isinstance(size, str):
                     faults[index] = size
@@ -199,10 +202,12 @@ class SegmentationDataset(Dataset):
         """
         counts = LabelCounts(*np.zeros((2, 256), np.int64))
         with ThreadPoolExecutor() as pool:
-            count = pool.map(lambda i: np.bincount(self.read_mask(i).ravel(), minlength=256), indices)
+            count = ahead(
+                pool, lambda i: np.bincount(self.read_mask(i).ravel(), minlength=256), indices, AHEAD
+            )
             for pixels in progress(count, what, len(indices)):
                 counts.pixels[:] += pixels
-                counts.pixels_of_images[:] += (pixels > 0) * pixels[:IGNORE_INDEX].sum()
+                counts.pixels_of_images[pixels > 0] += pixels[:IGNORE_INDEX].sum()
         return counts
 
     def unseen_classes(self, most: int = 200) -> list[str]:
@@ -226,6 +231,9 @@ class SegmentationDataset(Dataset):
             return None
         if not self.labels.by_default:
             return None  # somebody has said that it is to be ignored
+        by_color = IGNORE_INDEX in self.labels.colors.values()
+        if by_color and open_image(self.pairs[0][1], load=False).mode in COLOR_MODES:
+            return None
         mend = f"if it is {others[0]!r}, write `{others[0]} = 255` in {self.labels.source or 'classes.txt'}"
         held = f"only {first!r} and 255" if pixels[0] else "only 255"
         return f"the masks hold {held}, and 255 is ignored: {mend}"
@@ -257,11 +265,11 @@ class SegmentationDataset(Dataset):
             return os.path.splitext(path(index))[0]
 
         _, files = np.unique(np.fromiter(map(hash, map(path, range(len(self)))), np.int64), return_index=True)
-        shared = repeated(os.path.basename(stem(index)) for index in files)
+        shared = repeated(os.path.basename(stem(index)).lower() for index in files)  # some disks see no case
         ambiguous = repeated(map(stem, files))  # a.png and a.bmp in one folder
         names = {}
         for index in range(len(self)):
-            name = os.path.basename(stem(index))
+            name = os.path.basename(stem(index)).lower()
             if hash(name) in shared or name in ("samples", "worst", "confusion"):
                 below = path(index) if hash(stem(index)) in ambiguous else stem(index)
                 parts = os.path.relpath(below, ".").split(os.sep)
@@ -468,16 +476,14 @@ def check_sizes(image: str, image_size: Sequence[int], mask: str, mask_size: Seq
 
 def header_sizes(pairs: Pairs) -> Iterator[tuple[int, int] | str]:
     """For each pair the height and width of its image, or what is wrong with the two, as the headers tell."""
-    starts = range(0, len(pairs), 500)
-    chunks = ([pairs[i] for i in range(start, min(start + 500, len(pairs)))] for start in starts)
-    if len(pairs) <= 10_000:
-        for chunk in chunks:
-            yield from header_sizes_of(chunk)
-        return
-    # Processes, for reading headers is Python's work. Few chunks wait at a time: their names take memory.
-    processes = min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, initializer=outlive_stop_signals, initargs=(0,)) as pool:
-        for sizes in ahead(pool, header_sizes_of, chunks, 2 * processes):
+    starts = range(0, len(pairs), 100)
+    chunks = ([pairs[i] for i in range(start, min(start + 100, len(pairs)))] for start in starts)
+    if len(pairs) > 10_000:  # processes, for reading headers is Python's work
+        pool = ProcessPoolExecutor(initializer=outlive_stop_signals, initargs=(0,))
+    else:
+        pool = ThreadPoolExecutor()  # so that a slow disk is not waited for once a file
+    with pool:
+        for sizes in ahead(pool, header_sizes_of, chunks, AHEAD):
             yield from sizes
 
 
@@ -502,10 +508,17 @@ def repeated(texts: Iterable[str]) -> set[int]:
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
     """Width and height of a picture of `open_image`, turned as its EXIF orientation says."""
-    # Asked for it, Pillow decodes a whole PNG: the tag may stand at its end, where nobody puts it.
-    known = picture.format != "PNG" or "exif" in picture.info
+    # Asked for it, Pillow decodes a whole PNG, for the tag may stand at its end. It seldom does.
+    known = picture.format != "PNG" or "exif" in picture.info or b"eXIf" in file_end(picture.filename)
     turned = known and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return picture.size[::-1] if turned else picture.size
+
+
+def file_end(path: str) -> bytes:
+    """The last 128 KiB of a file, or all of it."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - (1 << 17)))
+        return file.read()
 
 
 def random_crop(
@@ -558,7 +571,9 @@ class TrainBatches(Sampler):
     ):
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
         self.rank, self.world = rank, world
-        self.per_epoch = length // batch_size + (length % batch_size >= min_last)
+        self.per_epoch = length // batch_size
+        if length % batch_size >= min_last:
+            self.per_epoch += 1
         self.max_iter = epochs * self.per_epoch
 
     def __len__(self) -> int:

@@ -268,14 +268,14 @@ class DeepLabv3(ResNet):
         """
         if list(scales) == [1.0] and not flip and not softmax:
             return self(x)
-        stride, total = self.config["output_stride"], 0
+        stride, total, passes = self.config["output_stride"], 0, len(scales) * (2 if flip else 1)
         for scale in scales:
             size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
             scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=True)
             total = total + self(scaled, x.shape[2:]).softmax(1)
             if flip:
                 total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
-        return total / (len(scales) * (1 + flip))
+        return total / passes
 
     def segment(self, images: Tensor, *options, **more_options) -> Tensor:
         """The `scores`, with its options, of uint8 images (N, 3, H, W): they are normalised, padded to the
@@ -347,7 +347,7 @@ class DeepLabv3(ResNet):
         # Convs and norms stand in the same order. No norm follows the first two convs of the stem of --beta,
         # nor the classifier, which comes last.
         norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-        for conv, (name, bn) in zip(convs[2 * self.config["beta"] :], norms, strict=False):
+        for conv, (name, bn) in zip(convs[2 if self.config["beta"] else 0 :], norms, strict=False):
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
             )
@@ -495,6 +495,11 @@ def read_checkpoint(path: str) -> dict:
     return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
 
 
+def published(checkpoint: dict) -> bool:
+    """Whether a checkpoint is in the published format, which does not tell its model, and not one of ours."""
+    return "model" not in checkpoint
+
+
 def read_config(checkpoint: dict, path: str) -> dict:
     """The arguments of `DeepLabv3` that a checkpoint of `read_checkpoint` was trained with.
 
@@ -505,7 +510,7 @@ def read_config(checkpoint: dict, path: str) -> dict:
     Raises:
         ModelError: if these are not the weights of a DeepLabv3.
     """
-    if "model" in checkpoint:
+    if not published(checkpoint):
         return checkpoint["model"]
     state = checkpoint["state_dict"]
     blocks = len({key.split(".")[1] for key in state if key.startswith("layer3.")})
@@ -543,9 +548,9 @@ def differing_flags(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
         "num_classes": "dataset (number of classes)",
         "image_pooling": "no_image_pooling",
     }
-    saved, published = read_config(checkpoint, path), "model" not in checkpoint
-    known = {"num_groups": bool, "aspp_rates": len} if published else {}
-    unknown = {"output_stride", "weight_std"} if published else {"output_stride"}
+    saved, known, unknown = read_config(checkpoint, path), {}, {"output_stride"}
+    if published(checkpoint):
+        known, unknown = {"num_groups": bool, "aspp_rates": len}, {"output_stride", "weight_std"}
     differing = []
     for key in saved.keys() - unknown:
         value, expected = saved[key], model.config.get(key)
@@ -596,7 +601,7 @@ def init_weights(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
     left_out = [key for key in classifier if key in state and state[key].shape != own[key].shape]
     state.update({key: own[key] for key in left_out})
     checkpoint = {**checkpoint, "state_dict": state}
-    if "model" in checkpoint:
+    if not published(checkpoint):
         checkpoint["model"] = {**checkpoint["model"], "num_classes": model.config["num_classes"]}
     load_weights(model, checkpoint, path)
     return left_out
@@ -616,7 +621,7 @@ def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:
     except TypeError as error:
         raise ModelError(f"{path} does not say what model it holds") from error
     load_weights(model, checkpoint, path)
-    if "model" in checkpoint:
+    if not published(checkpoint):
         try:
             model.classes = [str(name) for name in checkpoint["classes"]]
             model.palette = np.array(checkpoint["palette"], np.uint8).reshape(len(model.classes), 3).tolist()

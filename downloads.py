@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from lists import make_voc_lists
-from utils import UserError, end_if_stopped
+from utils import UserError, end_if_stopped, progress
 
 TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # of a download: requests, seconds between them, seconds of silence
 
@@ -225,10 +225,16 @@ def unpack(file: Download) -> None:
         os.makedirs(temporary)
         if file.name.endswith(".zip"):
             with zipfile.ZipFile(file.path) as archive:
-                archive.extractall(temporary)
+                names = archive.namelist()
+                archive.extractall(temporary, progress(names, "unpacking", len(names), "file"))
+        elif not hasattr(tarfile, "data_filter"):
+            way_out = "use 3.10.12, 3.11.4 or a newer one"
+            raise UserError(f"this Python cannot unpack {file.path} safely: {way_out}")
         else:
             with tarfile.open(file.path, "r:") as archive:
-                archive.extractall(temporary, filter="data")
+                members = archive.getmembers()
+                members = progress(members, "unpacking", len(members), "file")
+                archive.extractall(temporary, members, filter="data")
         source = os.path.join(temporary, file.subfolder)
         if not os.path.exists(os.path.join(source, file.marker)):
             missing = os.path.join(file.subfolder, file.marker)

@@ -67,7 +67,7 @@ class Findings:
         if not self.folder:
             return
         self.dataset.save(self.folder, index, labels)
-        result = image_result(self.dataset.name(index), confusion.cpu(), self.dataset.classes)
+        result = image_result(self.dataset.name(index), confusion, self.dataset.classes)
         self.results[index], iou = result, result.mean_iou
         worst = self.worst
         if iou is not None and (len(worst) < self.most or (self.most and (iou, index) < worst[-1][:2])):
@@ -75,12 +75,15 @@ class Findings:
             with self.lock:
                 self.keep_worst([(iou, index, row)])
 
-    def add_batch(self, batch: tuple) -> None:
-        """A padded batch of `evaluate`; it waits for the device."""
-        indices, images, masks, sizes, labels, counts = batch
+    def add_batch(self, batch: tuple) -> Tensor:
+        """The confusion matrix, on the CPU, of a padded batch of `evaluate`; this waits for the device."""
+        indices, images, masks, sizes, labels = batch
+        classes = len(self.dataset.classes)
+        counts = [confusion_matrix(*pair, classes).cpu() for pair in zip(labels, masks, strict=True)]
         labels = labels.cpu().numpy()
         for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
             self.add(index, images[i, :, :h, :w], masks[i, :h, :w], labels[i, :h, :w], counts[i])
+        return sum(counts)
 
     def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray, title: str | None = None) -> Row:
         picture, truth = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), truth.cpu().numpy()
@@ -139,24 +142,20 @@ def evaluate(
         Stopped: if a stop signal has come.
     """
     batches = dataset.eval_batches(batch_size)[RANK::WORLD]
-    classes, findings = len(dataset.classes), Findings(dataset, samples, folder)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    findings = Findings(dataset, samples, folder)
+    confusion = torch.zeros((len(dataset.classes),) * 2, dtype=torch.int64)
 
     def predicted() -> Iterator[tuple]:
         loaded = load_batches(dataset, batches, workers, device)
         for indices, (images, masks, sizes) in zip(batches, loaded, strict=True):
             with autocast(device, amp):
-                scores = model.scores(model.normalize(images, sizes), scales, flip)
-            labels = scores.argmax(1).byte()
-            counts = [confusion_matrix(*pair, classes) for pair in zip(labels, masks, strict=True)]
-            confusion.add_(sum(counts))
-            yield indices, images, masks, sizes, labels, counts
+                labels = model.scores(model.normalize(images, sizes), scales, flip).argmax(1).byte()
+            yield indices, images, masks, sizes, labels
 
     with ThreadPoolExecutor() as pool:
-        added = ahead(pool, findings.add_batch, predicted(), 2)
-        for _ in progress(added, "evaluating", len(batches), "batch"):
-            pass
-    confusion = confusion.cpu()
+        counted = ahead(pool, findings.add_batch, predicted(), 2)
+        for counts in progress(counted, "evaluating", len(batches), "batch"):
+            confusion += counts
     if WORLD > 1:
         dist.all_reduce(confusion)
         findings.gather()

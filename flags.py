@@ -129,8 +129,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dataset == "shapes":
         parser.set_defaults(**SHAPES_DEFAULTS)
-    unset = dict.fromkeys(("split",) if args.train else CHECKPOINT_FLAGS)
-    args = parser.parse_args(argv, argparse.Namespace(**unset))
+    if args.train:
+        parser.set_defaults(split=None)  # None is not given, which `check_args` wants to know
+    else:
+        parser.set_defaults(**dict.fromkeys(CHECKPOINT_FLAGS))
+    args = parser.parse_args(argv)
     check_args(parser, args)
     args.split = args.split or "val"
     if args.workers is None:  # torch warns of more than there are cores
@@ -155,6 +158,10 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--{'predict' if args.predict else 'export'} needs --checkpoint FILE")
     if args.export and (args.scales != [1.0] or args.flip):
         parser.error("--export writes one pass of the network: leave out --scales and --flip")
+    if args.export and (args.device or args.amp or args.compile):
+        parser.error("--export writes for any machine, in float32: leave out --device, --amp and --compile")
+    if args.plots and not (args.train or evaluates):
+        parser.error("--plots draws a training run or the confusion matrix of an evaluation: leave it out")
     if args.train and args.split:
         parser.error("--split is for evaluation: training reads the train part, and validates on val")
     if args.train and args.checkpoint:

@@ -20,11 +20,13 @@ class Pairs(Sequence):
     """
 
     def __init__(self, root: str, pairs: Iterable[tuple[str, str | None]]):
-        self.root, self.buffer, self.ends, self.masked = root, bytearray(), array("Q", [0]), 0
+        self.root, self.buffer, self.ends = root, bytearray(), array("Q", [0])
+        self.masked = 0  # how many have a mask
         for image, mask in pairs:
             self.buffer += os.fsencode(f"{image}\0{mask or ''}")
             self.ends.append(len(self.buffer))
-            self.masked += mask is not None  # how many have a mask
+            if mask is not None:
+                self.masked += 1
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -120,11 +122,16 @@ def pair_folders(root: str, split: str) -> Pairs:
     """
     images, masks = (images_below(os.path.join(root, name)) for name in ("images", "masks"))
     suffix = common_suffix(images, masks)
-    masks = {name.removesuffix(suffix): path for name, path in masks.items()}
+    stems = {name.removesuffix(suffix): path for name, path in masks.items()}
+    if len(stems) < len(masks):
+        one = next(path for name, path in masks.items() if stems[name.removesuffix(suffix)] != path)
+        other = stems[os.path.splitext(one)[0].removesuffix(suffix)]
+        raise UserError(f"{root}/masks has {one} and {other}: which of them is meant?")
+    masks = stems
     if any(name.startswith("train/") for name in images):
         part = {name for name in {*images, *masks} if name.startswith(f"{split}/")}
     else:
-        fifth = {name for name in {*images, *masks} if zlib.crc32(name.encode()) % 5 == 0}
+        fifth = {name for name in {*images, *masks} if zlib.crc32(os.fsencode(name)) % 5 == 0}
         part = {"train": {*images, *masks} - fifth, "val": fifth, "test": set()}[split]
     lonely = sorted(part & images.keys() - masks.keys()) if split != "test" else []
     if lonely:

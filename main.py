@@ -118,7 +118,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
     backbones = [args.backbone] if args.backbone else list(deeplab.LAYERS)
     path = args.checkpoint or runs.find_checkpoint(backbones, args.dataset, args.exp, args.epochs)
     checkpoint, options = deeplab.read_checkpoint(path), model_options(args)
-    if "model" in checkpoint:
+    if not deeplab.published(checkpoint):
         model = deeplab.from_checkpoint(checkpoint, path, **options)
     else:
         labels = datasets.class_labels(args.dataset, args.data_root)
@@ -277,7 +277,8 @@ def start_model(
         checkpoint = deeplab.read_checkpoint(resume)
         deeplab.load_weights(model, checkpoint, resume)
         flags = vars(args)
-        place = runs.load_progress(checkpoint, resume, optimizer, scaler, batches.per_epoch, flags)
+        length = runs.Length(batches.length, batches.per_epoch)
+        place = runs.load_progress(checkpoint, resume, optimizer, scaler, length, flags)
         print(f"resumed from {resume}: iteration {place.iteration} of {batches.max_iter}")
     return model, optimizer, scaler, place
 
@@ -356,9 +357,13 @@ def show(row: dict, mean_iou: float | None, bar: tqdm, args: argparse.Namespace)
 
 
 def validate(
-    model: DeepLabv3, dataset: SegmentationDataset, args: argparse.Namespace, device: torch.device, saved: str
+    model: DeepLabv3,
+    dataset: SegmentationDataset,
+    device: torch.device,
+    args: argparse.Namespace,
+    way_on: str,
 ) -> dict:
-    """`evaluate` a model in training, whose checkpoint has just been saved."""
+    """`evaluate` a model in training, whose checkpoint has just been saved; a stop says the `way_on`."""
     if WORLD > 1:
         for buffer in model.buffers():  # BatchNorm's statistics, which CPUs do not share in training
             dist.broadcast(buffer, 0)
@@ -366,13 +371,15 @@ def validate(
     try:
         return evaluate(model.fuse(), dataset, device, **evaluation_options(args))
     except Stopped:
-        raise Stopped(go_on(saved)) from None
+        raise Stopped(way_on) from None
     finally:
         torch.backends.cudnn.benchmark = True
 
 
-def go_on(saved: str) -> str:
-    return f"{saved} is saved: the same command with --resume auto goes on from there"
+def go_on(saved: str, done: bool) -> str:
+    """What to do with the checkpoint of a run that was stopped."""
+    way_on = "without --train evaluates it" if done else "with --resume auto goes on from there"
+    return f"{saved} is saved: the same command {way_on}"
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -430,11 +437,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         path = run.checkpoint(epochs_done, 0 if task == "validate" else done)
         if saves and log:
             entries, place = deeplab.to_checkpoint(model), runs.Place(epochs_done, done, log.best)
-            runs.save_checkpoint(path, entries, optimizer, scaler, place, batches.per_epoch, vars(args))
+            length = runs.Length(batches.length, batches.per_epoch)
+            runs.save_checkpoint(path, entries, optimizer, scaler, place, length, vars(args))
+        way_on = go_on(path, done == batches.max_iter)
         if stops:
-            raise Stopped(go_on(path))
+            raise Stopped(way_on)
         if task == "validate":
-            result = validate(model, val_set, args, device, path)
+            result = validate(model, val_set, device, args, way_on)
             mean_iou = row["val_mean_iou"] = result["mean_iou"]
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
             if log:
@@ -535,35 +544,18 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"{args.export} is written: image uint8 (N, 3, H, W) in, labels uint8 (N, H, W) and logits out")
 
 
-def run_check(args: argparse.Namespace) -> int:
-    """The command with --check: what the data set holds, and its faults. Returns how many there are."""
-    parts, faults = [], []
-    for split in ("train", "val"):
-        try:
-            dataset = datasets.DATASETS[args.dataset](args.data_root, split)
-            parts.append(check.Part(split, dataset))
-        except UserError as error:
-            faults.append(str(error))
-    if parts:
-        name = os.path.basename(os.path.abspath(args.data_root)) if args.dataset == "custom" else args.dataset
-        faults += check.report(parts, f"data/check/{name}.png")
-    for fault in dict.fromkeys(faults):
-        print(f"main.py: error: {fault}", file=sys.stderr)
-    print(f"{len(faults)} faults" if faults else "no fault was found")
-    return len(faults)
-
-
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
     """An error that the user can do something about as one line, or None for another."""
     if isinstance(error, UserError | ModelError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         if args.train:
             have = f"--batch_size {args.batch_size}, --crop_size {args.crop_size} and --accum {args.accum}"
-            return f"out of memory on the GPU with {have}: raise --accum, or lower the others"
+            return f"out of memory with {have}: raise --accum, or lower the others"
         way_out = "--max_side or --scales" if args.predict else "--eval_batch_size or --scales"
-        return f"out of memory on the GPU: lower {way_out}"
-    if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return f"out of memory: lower {way_out}"
+    # gloo has no error of its own: it names the place in its source.
+    if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         way_out = "see there; --resume auto goes on from the last checkpoint"
         return f"another process has ended, {way_out} ({' '.join(str(error).split())[:100]})"
     if isinstance(error, OSError):
@@ -577,7 +569,8 @@ def run(args: argparse.Namespace) -> int:
         download_all(args.download, args.url)
         return 0
     if args.check:
-        return int(run_check(args) > 0)
+        splits = list(dict.fromkeys(("train", "val", args.split)))
+        return int(check.check(args.dataset, args.data_root, splits) > 0)
     if args.export:
         run_export(args)
         return 0
@@ -596,6 +589,7 @@ def run(args: argparse.Namespace) -> int:
 
 def leave(status: int, line: str | None) -> NoReturn:
     """Exit with a line on stderr."""
+    sys.stdout.flush()
     if line:
         print(line, file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():

@@ -12,6 +12,7 @@ from utils import IGNORE_INDEX, UserError, read_lines
 
 MAX_CLASSES = 255  # a label is a byte, of which IGNORE_INDEX is one value
 IGNORE = "ignore"  # the name that is no class
+COLOR_MODES = ("RGB", "RGBA")  # Pillow's, of masks that go by colours
 
 
 class Labels:
@@ -39,7 +40,7 @@ class Labels:
         self.others_ignored = others_ignored
         values = {i: i for i in range(len(classes))} if values is None else values
         # Whether 255 is ignored by default alone.
-        self.by_default = IGNORE_INDEX not in {**values, **dict.fromkeys((colors or {}).values())}
+        self.by_default = IGNORE_INDEX not in values
         self.values = {IGNORE_INDEX: IGNORE_INDEX, **values}
         # Colours as the numbers that their bytes in memory are.
         self.colors = {r | g << 8 | b << 16: label for (r, g, b), label in (colors or {}).items()}
@@ -54,7 +55,7 @@ class Labels:
         Raises:
             UserError: for a pixel that is no class and not ignored, or a mask of another kind.
         """
-        if picture.mode in ("RGB", "RGBA"):
+        if picture.mode in COLOR_MODES:
             self.check_colors(path)
             # Pillow has four bytes for each pixel in memory; the last is alpha, or nothing.
             packed = np.frombuffer(picture.tobytes("raw", picture.mode.ljust(4, "X")), "<u4")
@@ -76,8 +77,9 @@ class Labels:
         else:
             if bound not in self.tables:
                 keys = [key for key in known if key < bound]
-                self.tables[bound] = np.full(bound, IGNORE_INDEX, np.uint8)
-                self.tables[bound][keys] = [known[key] for key in keys]
+                table = np.full(bound, IGNORE_INDEX, np.uint8)
+                table[keys] = [known[key] for key in keys]
+                self.tables[bound] = table  # only now: other threads may look for it
             labels = self.tables[bound].take(pixels)
         strange = labels == IGNORE_INDEX
         if not self.others_ignored and strange.any():
@@ -151,6 +153,10 @@ def read_classes(path: str) -> Labels:
             distinct &= colors.setdefault(tuple(color), label) == label
     if not names:
         raise UserError(f"{path} names no class")
+    ends = [re.fullmatch(r"(.*\S)\s+(\d+)", name) for name in names]
+    if len(names) > 1 and not explicit and all(ends) and len({end[1] for end in ends}) == len(names):
+        line = f"{ends[0][1]} = {ends[0][2]}"
+        raise UserError(f"{path}: the names end in numbers; for those of pixels in masks, write `{line}`")
     return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
 
 
@@ -187,7 +193,7 @@ def describe_pixels(pictures: Iterable[Image.Image]) -> str:
     whose names are to be filled in."""
     counts: Counter = Counter()
     for picture in pictures:
-        if picture.mode in ("RGB", "RGBA"):
+        if picture.mode in COLOR_MODES:
             found = picture.convert("RGB").getcolors(1 << 24)
             counts.update({f"NAME {r} {g} {b}": count for count, (r, g, b) in found})
         else:

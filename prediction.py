@@ -29,8 +29,7 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
         UserError: if there are none, or a folder or a pattern leads to `out`.
     """
     files = {}
-    given = [path for word in paths for path in (sys.stdin if word == "-" else [word]) if path.strip()]
-    for path in (line.rstrip("\n") for line in given):
+    for path in (path for word in paths for path in (read_paths() if word == "-" else [word])):
         found = [path]
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
@@ -40,10 +39,19 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
         folders = {os.path.realpath(os.path.dirname(name)) for name in found if name != path}
         if os.path.realpath(out) in folders:
             raise UserError(f"{path} is --out, too, and would be predicted with its masks: name another")
+        if not found:
+            raise UserError(f"no images in {path}: --predict takes image files, folders and patterns of them")
         files.update(dict.fromkeys(found))
     if not files:
-        raise UserError(f"no images in {', '.join(paths)}: --predict takes image files, and folders of them")
+        raise UserError("no paths of images came on standard input")
     return list(files)
+
+
+def read_paths() -> list[str]:
+    """The paths on standard input, one a line."""
+    if sys.stdin is None:
+        raise UserError("--predict - reads paths from standard input, which is closed")
+    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
 
 
 class Photo(NamedTuple):
@@ -160,9 +168,9 @@ def unique_stems(files: Sequence[str]) -> list[str]:
     stems, taken = [], set()
     for path in files:
         stem = os.path.splitext(os.path.basename(path))[0]
-        while stem in taken:  # images of one name, from several folders or in several formats
+        while stem.lower() in taken:  # images of one name, from several folders or in several formats
             stem += "_"
-        taken.add(stem)
+        taken.add(stem.lower())  # some disks see no case
         stems.append(stem)
     return stems
 

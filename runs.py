@@ -6,8 +6,10 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from functools import partial
 from glob import escape, glob
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -48,41 +50,52 @@ class Run(NamedTuple):
 
     def saved(self) -> list[Saved]:
         """The checkpoints that are there, by the numbers in their names: clocks jump."""
-        pattern = re.escape(self.checkpoint(0)).replace("epoch0", r"epoch(\d+)(?:_iter(\d+))?")
+        pattern = re.escape(f"data/{self.name}_epoch") + r"(\d+)(?:_iter(\d+))?\.pth"
         paths = [f"data/{name}" for name in glob("*.pth", root_dir="data")]
         found = [match for path in paths if (match := re.fullmatch(pattern, path))]
         return sorted(Saved(int(match[1]), int(match[2] or 0), match[0]) for match in found)
 
     def prune(self, newest: str, keep: int | None, best_epoch: int | None) -> None:
-        """Keep the `keep` newest checkpoints up to `newest`, and that of the best epoch; delete the others.
+        """Keep the `keep` newest checkpoints, up to `newest`, and that of the best epoch; delete the others.
 
         Without `keep` only those within epochs are deleted, once a newer one is there.
         """
-        saved = self.saved()
-        older = saved[: [each.path for each in saved].index(newest)]
+        older = [each for each in self.saved() if each.path != newest]  # `set_aside` has left no later ones
         for each in older[: max(0, len(older) + 1 - keep)] if keep else older:
             if each.iteration or (keep and each.epoch != best_epoch):
-                os.remove(each.path)
+                with suppress(FileNotFoundError):
+                    os.remove(each.path)
 
-    def set_aside(self, epoch: int, iteration: int, log: bytes) -> None:
-        """Move the checkpoints of an earlier run that lie beyond this place to data/old/EXP-N, with its log.
+    def set_aside(self, place: "Place", log: bytes) -> None:
+        """Move the checkpoints that lie beyond this place to data/old/EXP-N, with the log as it was.
 
         A run that starts anew or goes back would write over them.
         """
-        beyond = [each.path for each in self.saved() if (each.epoch, each.iteration) > (epoch, iteration)]
+        saved = self.saved()
+        paths = [os.path.realpath(each.path) for each in saved]
+        start = Saved(place.epoch, place.iteration, "~")
+        if place.resumed and os.path.realpath(place.resumed) in paths:
+            # By its own numbers: another list or batch size gives the place others.
+            start = saved[paths.index(os.path.realpath(place.resumed))]
+        beyond = [each.path for each in saved if each > start]
         if not beyond:
             return
-        board = f"data/runs/{self.name}"
-        if not iteration and os.path.exists(board):
-            beyond.append(board)
-        number = 1
-        while os.path.exists(folder := f"data/old/{self.exp}-{number}"):
-            number += 1
+        what = f"the checkpoints of --exp {self.exp} beyond {start.path}"
+        if not place.resumed:
+            what = f"what an earlier run of --exp {self.exp} left"
+            others = (f"data/{self.name}.png", f"data/runs/{self.name}")
+            beyond += filter(os.path.exists, others)
+        folder = free_name(f"data/old/{self.exp}-")
         os.makedirs(folder)
         for path in beyond:
             shutil.move(path, folder)
         write_whole(f"{folder}/{self.name}.csv", lambda file: file.write(log))
-        print(f"moved what an earlier run of --exp {self.exp} left to {folder}")
+        print(f"moved {what} to {folder}")
+
+
+def free_name(start: str) -> str:
+    """The first path of `start`1, `start`2, ... that is not taken."""
+    return next(path for number in count(1) if not os.path.exists(path := f"{start}{number}"))
 
 
 def find_checkpoint(backbones: list[str], dataset: str, exp: str, epoch: int | None) -> str:
@@ -114,11 +127,19 @@ class Best(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a run is: whole epochs, iterations, and the best epoch before."""
+    """Where a run is: whole epochs, iterations, the best epoch so far, and the checkpoint it goes on from."""
 
     epoch: int = 0
     iteration: int = 0
     best: Best | None = None
+    resumed: str | None = None
+
+
+class Length(NamedTuple):
+    """What the numbers of iterations follow from: an epoch's images and iterations."""
+
+    images: int
+    per_epoch: int
 
 
 def save_checkpoint(
@@ -127,12 +148,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     place: Place,
-    per_epoch: int,
+    length: Length,
     flags: dict,
 ) -> None:
     """Write a checkpoint: a model's entries, as deeplab.py names them, and what `load_progress` needs.
-
-    `per_epoch` is the number of iterations in an epoch.
 
     Raises:
         UserError: if the disk is full, say; the checkpoint before is untouched.
@@ -140,7 +159,7 @@ def save_checkpoint(
     progress = {
         "epoch": place.epoch,
         "iteration": place.iteration,
-        "per_epoch": per_epoch,
+        **length._asdict(),
         "best": tuple(place.best) if place.best else None,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -161,7 +180,7 @@ def load_progress(
     path: str,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    per_epoch: int,
+    length: Length,
     flags: dict,
 ) -> Place:
     """Take the state of optimizer and scaler from a checkpoint, and return the place to go on from.
@@ -183,8 +202,8 @@ def load_progress(
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
         epoch, before = int(checkpoint["epoch"]), dict(checkpoint.get("flags", {}))
-        per_epoch_before = int(checkpoint.get("per_epoch", per_epoch))
-        iteration = int(checkpoint.get("iteration", 0)) * per_epoch // per_epoch_before
+        length_before = Length(*(int(checkpoint.get(key, now)) for key, now in length._asdict().items()))
+        iteration = int(checkpoint.get("iteration", 0)) * length.per_epoch // length_before.per_epoch
         best = Best(*checkpoint["best"]) if checkpoint.get("best") else None
     except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
@@ -195,9 +214,10 @@ def load_progress(
     ]
     if changed:
         print(f"the run goes on with other flags: {', '.join(changed)}")
-    if per_epoch_before != per_epoch:
-        print(f"an epoch has {per_epoch} iterations now, not {per_epoch_before}: goes on at the same share")
-    return Place(epoch, max(iteration, epoch * per_epoch), best)
+    if length_before != length:
+        now, then = (f"{images} images in {steps} iterations" for images, steps in (length, length_before))
+        print(f"an epoch is {now}, not {then} as before: the run goes on at the same share of its schedule")
+    return Place(epoch, max(iteration, epoch * length.per_epoch), best, path)
 
 
 def match_layout(parameter: torch.Tensor, state: dict) -> None:
@@ -246,9 +266,10 @@ class RunLog:
         whole = self.text(rows)
         cut = b"\n" not in data[len(whole) :]  # a kill can leave a part of a line
         if data and not (cut and (data.rstrip(b"\r\n") + b"\r\n").startswith(whole)):
-            write_whole(f"{self.file.name}.bak", lambda file: file.write(data))
-            print(f"{self.file.name} was edited: it is kept as .bak, and its {len(rows)} rows are taken over")
-        run.set_aside(place.epoch, place.iteration, data)
+            kept_as = free_name(f"{self.file.name}.bak")
+            write_whole(kept_as, lambda file: file.write(data))
+            print(f"{self.file.name} was edited: its {len(rows)} rows are taken over, the file is {kept_as}")
+        run.set_aside(place, data)
         rows = [row for row in rows if row["iteration"] <= place.iteration]
         for row in rows:
             self.note(row)
@@ -331,13 +352,17 @@ def read_rows(data: bytes, columns: tuple[str, ...]) -> list[dict]:
     lines = text.replace("\0", "").splitlines()
     header = next((i for i, line in enumerate(lines) if "epoch" in line and "iteration" in line), len(lines))
     delimiter = ";" if header < len(lines) and ";" in lines[header] else ","
-    rows = []
-    for row in csv.DictReader(lines[header:], delimiter=delimiter):
-        values = {name: (row.get(name) or "").strip().replace(",", ".") for name in columns}
-        numbers = [values[name] for name in columns if name != "val_mean_iou" or values[name]]
+    names, rows = None, []
+    for line in lines[header:]:
         try:
+            # Line by line: a quote that somebody left open must not take in those that follow.
+            cells = [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+            names = names or cells
+            row = dict(zip(names, cells, strict=False))
+            values = {name: row.get(name, "").replace(",", ".") for name in columns}
+            numbers = [values[name] for name in columns if name != "val_mean_iou" or values[name]]
             if all(math.isfinite(float(number)) for number in numbers):
                 rows.append({**values, "epoch": int(values["epoch"]), "iteration": int(values["iteration"])})
-        except ValueError:
-            continue  # a note, or a line cut short
+        except (ValueError, csv.Error):
+            continue  # the header, a note, or a line cut short
     return sorted(rows, key=lambda row: row["iteration"])

@@ -126,8 +126,9 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> Itera
         Stopped: if a stop signal has come.
     """
     said = time.perf_counter()
+    hide = True if RANK else None  # None: where the output is no terminal
     with tqdm(
-        total=total, desc=what, unit=unit, delay=2, disable=None, leave=False, dynamic_ncols=True
+        total=total, desc=what, unit=unit, delay=2, disable=hide, leave=False, dynamic_ncols=True
     ) as bar:
         for done, item in enumerate(items, 1):
             end_if_stopped()

@@ -4,7 +4,7 @@ import re
 import shutil
 
 import numpy as np
-from conftest import SHARED, bomb, make_list_dataset, needs_shared
+from conftest import SHARED, bomb, make_list_dataset, needs_shared, one_line
 from PIL import Image
 
 CHECK = ["--check", "--dataset", "custom", "--data_root"]
@@ -62,12 +62,24 @@ def test_every_fault_is_told(cli, tmp_path):
     assert status == 1 and len(faults) == 5 and all(line.startswith("main.py: error: ") for line in faults)
     for line, name in zip(faults, ["train0", "train1", "train2", "train3", "val0"], strict=True):
         assert name in line
-    assert "5 faults" in out and "train: 6 images" in out and (tmp_path / "data/check/set.png").exists()
+    assert "faults: 5" in out and "train: 6 images" in out and (tmp_path / "data/check/set.png").exists()
     assert sorted(path for path in root.rglob("*")) == [p for p in before if p.name != "val0.png"]
 
     (root / "list/val.txt").unlink()
     status, out, err = cli(*CHECK, root)
     assert status == 1 and "val.txt" in err.splitlines()[0] and "train: 6 images" in out
+
+    # What is wrong with both parts is told once.
+    status, out, err = cli(*CHECK, make_list_dataset(tmp_path / "other", classes=("a = 0", "b")))
+    assert status == 1 and one_line(err) and "faults: 1" in out
+
+
+def test_test_part(cli, tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    assert "test:" not in cli(*CHECK, root)[1]
+    (root / "list/test.txt").write_text("/images/val0.jpg\n")
+    status, out, _ = cli(*CHECK, root, "--split", "test")
+    assert status == 0 and "test: 1 images, no masks" in out and "val: 3 images, 3 masks" in out
 
 
 def test_objects_that_are_ignored_are_a_fault(cli, tmp_path):

@@ -54,6 +54,13 @@ def test_split_by_name_stays_when_images_come(tmp_path):
     assert val == {pair for pair in more if pair[0][7:13] in NAMES[:30]}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_names_that_are_not_utf_8(tmp_path):
+    root = make_folders(tmp_path, ["a\udcff", "b\udce4", "c"])
+    found = samples(root, "train") + samples(root, "val")
+    assert sorted(image for image, _ in found) == ["images/a\udcff.jpg", "images/b\udce4.jpg", "images/c.jpg"]
+
+
 def test_folders_of_splits(tmp_path):
     names = ["train/a/1", "train/b/1", "val/1", "test/1"]
     root = make_folders(tmp_path, names, "_gt", "png")
@@ -78,6 +85,10 @@ def test_folders_that_do_not_match(tmp_path):
             for split in ("train", "val"):
                 find_samples(root, split)
         (tmp_path / damage).write_bytes(content)
+    shutil.copy(tmp_path / "masks/img002_mask.png", tmp_path / "masks/img002.png")
+    with pytest.raises(UserError, match=r"has img002\w*.png and img002\w*.png: which of them is meant"):
+        find_samples(root, "train")
+    (tmp_path / "masks/img002.png").unlink()
     shutil.copy(tmp_path / "images/img001.jpg", tmp_path / "images/img001.png")
     with pytest.raises(UserError, match=r"has img001.\w+ and img001.\w+: which of them is meant"):
         find_samples(root, "train")

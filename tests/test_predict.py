@@ -101,6 +101,21 @@ def test_images_of_one_name(cli, trained, tmp_path):
     assert sorted(widths) == [17, 17, 22]
 
 
+def test_orientation_at_the_end_of_a_png(cli, trained, tmp_path):
+    """The headers tell sizes, by which images go together: they must know that it will be turned."""
+    (tmp_path / "in").mkdir()
+    for name, size, options in (("a", (40, 30), {"exif": exif(6)}), ("b", (40, 30), {}), ("c", (30, 40), {})):
+        Image.new("RGB", size).save(tmp_path / f"in/{name}.png", **options)
+    data = (tmp_path / "in/a.png").read_bytes()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    end = data.index(b"IEND") - 4
+    (tmp_path / "in/a.png").write_bytes(data[:start] + data[start + len(chunk) : end] + chunk + data[end:])
+    assert cli("--predict", "in", "--checkpoint", trained[0], "--out", "out")[0] == 0
+    sizes = [Image.open(tmp_path / f"out/{name}_mask.png").size for name in "abc"]
+    assert sizes == [(30, 40), (40, 30), (30, 40)]
+
+
 def test_transparency_is_seen_on_white():
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
@@ -212,10 +227,18 @@ def test_patterns_and_a_list_on_standard_input(cli, trained, tmp_path, monkeypat
     assert predicted("in/*.png") == ["in/[d].png", "in/a.png"]
     assert predicted("in/**/*.png", "in/a.png") == ["in/[d].png", "in/a.png", "in/deep/c.png"]
     assert predicted("in/[d].png") == ["in/[d].png"]  # a file's name, though it looks like a pattern
-    monkeypatch.setattr(sys, "stdin", io.StringIO("in/b.jpg\nin/deep\n\nin/*.jpg"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/b.jpg\r\nin/deep\n\nin/*.jpg")))
     assert predicted("-", "in/a.png") == ["in/b.jpg", "in/deep/c.png", "in/a.png"]
-    status, _, err = cli("--predict", "in/*.gif", *flags)
-    assert status == 1 and one_line(err) and "in/*.gif" in err
+    for paths in (["in/*.gif"], ["in/a.png", "in/*.gif"]):
+        status, _, err = cli("--predict", *paths, *flags)
+        assert status == 1 and one_line(err) and "no images in in/*.gif" in err
+    for stdin in (io.TextIOWrapper(io.BytesIO(b"\n")), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, _, err = cli("--predict", "-", *flags)
+        assert status == 1 and one_line(err) and "standard input" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"absent\xff.png\n")))
+    status, _, err = cli("--predict", "-", *flags)
+    assert status == 1 and one_line(err) and "absent" in err
     status, _, err = cli("--predict", "**/*.png", *flags)
     assert status == 1 and one_line(err) and "--out" in err
 

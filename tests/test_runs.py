@@ -22,8 +22,9 @@ from PIL import Image
 import deeplab
 import main
 import plots
-from runs import Best, Place, Run, RunLog, load_progress
-from utils import STOP_SIGNALS, UserError, stop_signals
+from datasets import SegmentationDataset
+from runs import Best, Length, Place, Run, RunLog, load_progress
+from utils import STOP_SIGNALS, UserError, end_if_stopped, stop_signals
 
 fcntl, resource = pytest.importorskip("fcntl"), pytest.importorskip("resource")  # not on Windows
 LOG = "data/deeplab_resnet50_custom_v3_x.csv"
@@ -352,7 +353,9 @@ def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused)
         take_step(models[0], optimizers[0], scaler, seed)
     checkpoint = {"optimizer": optimizers[0].state_dict(), "epoch": 2, "iteration": 2}
     models[1].load_state_dict(models[0].state_dict())
-    assert load_progress(checkpoint, "x.pth", optimizers[1], scaler, 1, {}) == Place(2, 2)
+    assert load_progress(checkpoint, "x.pth", optimizers[1], scaler, Length(2, 1), {}) == Place(
+        2, 2, resumed="x.pth"
+    )
     assert all(group["fused"] is fused for group in optimizers[1].param_groups)
     for model, optimizer in zip(models, optimizers, strict=True):
         take_step(model, optimizer, scaler, 2)
@@ -438,6 +441,8 @@ PLAIN = b"\r\n".join([HEADER, *ROWS, b""])
         (PLAIN.replace(b"1,2,", b"# good, so far\r\n\r\n1,2,"), True, 3),
         (b"my notes\r\n" + PLAIN, True, 3),
         (PLAIN.replace(b"\r\n", b",\r\n"), True, 3),  # a column more
+        (PLAIN.replace(b"1,2,", b'"a quote that nobody closes\r\n1,2,'), True, 3),
+        (PLAIN + b'"' + 200_000 * b"x" + b"\r\n", True, 3),
         (b"\r\n".join([HEADER, *ROWS[::-1], b""]), True, 3),
         (PLAIN.replace(b"0.5", b"n/a"), True, 2),
         (PLAIN.replace(b"\r", b"\0"), True, 3),
@@ -455,9 +460,9 @@ def test_log_that_somebody_edited(tmp_path, monkeypatch, capsys, data, edited, k
     rows = [ROWS[0], *ROWS[2:]] if b"n/a" in data or b"quite" in data else ROWS
     rows = ROWS[1:] if b"n/a" in data else rows[:kept]
     assert Path(LOG).read_bytes() == b"\r\n".join([HEADER, *rows, b""])
-    backup = Path(f"{LOG}.bak")
+    backup = Path(f"{LOG}.bak1")
     assert backup.exists() == edited and (not edited or backup.read_bytes() == data)
-    assert ("was edited: it is kept as .bak" in capsys.readouterr().out) == edited
+    assert (f"rows are taken over, the file is {LOG}.bak1" in capsys.readouterr().out) == edited
     log = RunLog(run, Place(2, 2), False)  # a run that goes on from iteration 2
     assert log.best == (Best(1, 0.75) if kept > 1 else None)
     log.close()
@@ -505,7 +510,7 @@ def test_new_run_moves_the_earlier_one_aside(cli, smallest, tmp_path):
 
     # Going back to an earlier checkpoint keeps the later ones aside, too.
     status, out, _ = cli(*flags[:-1], tmp_path / f"{STEM}1.pth", "--epochs", 2)
-    assert status == 0 and "data/old/x-3\n" in out
+    assert status == 0 and f"moved the checkpoints of --exp x beyond {STEM}1.pth to data/old/x-3\n" in out
     assert {path.name: path.read_bytes() for path in (tmp_path / "data/old/x-3").iterdir()} == {
         name: content for name, content in before.items() if "epoch1" not in name
     }
@@ -519,19 +524,75 @@ def test_list_that_grew(cli, smallest, tmp_path):
     lines = (tmp_path / "set/list/train.txt").read_text()
     (tmp_path / "set/list/train.txt").write_text(lines + lines)
     status, out, _ = cli(*flags, "--resume", "auto")
-    assert status == 0 and "an epoch has 3 iterations now, not 2: goes on at the same share" in out
+    assert status == 0 and "an epoch is 12 images in 3 iterations, not 6 images in 2 iterations" in out
     assert "iteration 12 of 18" in out and len(before) == 4
     after = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.pth")}
     assert len(after) == 6 and before.items() <= after.items() and not (tmp_path / "data/old").exists()
+
+
+def test_list_that_shrank(cli, smallest, tmp_path, monkeypatch):
+    """The checkpoint that the run goes on from stays until there is a newer one, though its numbers lie
+    beyond the place, and does not pass for the newest then."""
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 3, "--batch_size", 2]
+    step, steps = main.train_step, []
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(main, "train_step", interrupted)
+    assert cli(*flags)[0] == 143
+    lines = (tmp_path / "set/list/train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "set/list/train.txt").write_text("".join(lines[:2]))
+
+    def pruned(run, newest, *_):
+        assert [each.path for each in run.saved()] == [f"{STEM}2_iter8.pth", newest]
+        prune(run, newest, None, None)
+
+    prune = Run.prune
+    monkeypatch.setattr(Run, "prune", pruned)
+    status, out, _ = cli(*flags, "--resume", "auto")
+    assert status == 0 and "iter8.pth: iteration 2 of 3" in out and not (tmp_path / "data/old").exists()
+    assert [path.name for path in tmp_path.glob("data/*.pth")] == [Path(f"{STEM}3.pth").name]
+
+
+def test_stop_in_the_last_validation(cli, smallest, tmp_path, monkeypatch):
+    """Nothing is left to resume."""
+    monkeypatch.setattr(
+        main, "evaluate", lambda *_, **__: signal.raise_signal(signal.SIGTERM) or end_if_stopped()
+    )
+    status, _, err = cli("--train", "--exp", "x", *smallest, "--epochs", 1)
+    assert (status, err.strip()) == (
+        143,
+        f"main.py: stopped by SIGTERM; {STEM}1.pth is saved: the same command without --train evaluates it",
+    )
+
+
+@pytest.mark.parametrize("flags", [["--check"], ["--train", "--exp", "x", "--skip_bad"]])
+def test_stop_while_all_files_are_decoded(cli, smallest, tmp_path, monkeypatch, flags):
+    """What waits for its turn is not decoded any more."""
+    (tmp_path / "set/list/train.txt").write_text(500 * "/images/train0.jpg /masks/train0.png\n")
+    read, count = SegmentationDataset.read, []
+
+    def interrupted(dataset, index):
+        count.append(index)
+        if len(count) == 50:
+            signal.raise_signal(signal.SIGTERM)
+        return read(dataset, index)
+
+    monkeypatch.setattr(SegmentationDataset, "read", interrupted)
+    assert cli(*flags, *smallest)[0] == 143 and len(count) < 100
 
 
 def test_place_within_an_epoch_of_another_length():
     def place(epoch, iteration, per_epoch_before, per_epoch):
         off = torch.amp.GradScaler(enabled=False)
         optimizer = main.make_optimizer(two_groups(torch.contiguous_format))
-        checkpoint = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before}
+        checkpoint = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
         checkpoint["optimizer"] = optimizer.state_dict()
-        return load_progress(checkpoint, "x.pth", optimizer, off, per_epoch, {})[:2]
+        return load_progress(checkpoint, "x.pth", optimizer, off, Length(9, per_epoch), {})[:2]
 
     assert place(5, 50, 10, 20) == (5, 100)
     assert place(4, 45, 10, 20) == (4, 90)
@@ -635,6 +696,18 @@ def test_newest_checkpoint_goes_by_number_whatever_the_clock(tmp_path, monkeypat
         Path(f"data/deeplab_resnet50_custom_v3_{name}.pth").touch()
     found = run.saved()
     assert [(each.epoch, each.iteration or None) for each in found] == order
+
+
+def test_names_that_look_like_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    run = Run("resnet50", "custom", "a_epoch0")
+    for epoch in (2, 10):
+        Path(run.checkpoint(epoch)).touch()
+    assert [each.epoch for each in run.saved()] == [2, 10]
+    os.remove(run.checkpoint(10))
+    run.prune(run.checkpoint(10), 1, None)  # somebody has moved the newest, meanwhile
+    assert [each.epoch for each in run.saved()] == []
 
 
 def hold(path: str, ready) -> None:
