@@ -14,7 +14,17 @@ from torch import Tensor
 from datasets import SegmentationDataset, load_batches
 from deeplab import DeepLabv3, autocast
 from pictures import sample_row, sample_sheet
-from utils import IGNORE_INDEX, RANK, WORLD, ahead, confusion_matrix, metrics, percent, progress
+from utils import (
+    IGNORE_INDEX,
+    RANK,
+    WORLD,
+    ahead,
+    confusion_matrix,
+    end_if_stopped,
+    metrics,
+    percent,
+    progress,
+)
 
 
 class ImageResult(NamedTuple):
@@ -148,6 +158,7 @@ def evaluate(
     def predicted() -> Iterator[tuple]:
         loaded = load_batches(dataset, batches, workers, device)
         for indices, (images, masks, sizes) in zip(batches, loaded, strict=True):
+            end_if_stopped()  # `progress` looks only once the first batches are counted
             with autocast(device, amp):
                 labels = model.scores(model.normalize(images, sizes), scales, flip).argmax(1).byte()
             yield indices, images, masks, sizes, labels

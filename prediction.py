@@ -16,7 +16,7 @@ from datasets import header_sizes, open_image
 from deeplab import DeepLabv3, autocast, enlarge, to_pixels, to_rgb
 from lists import IMAGE_ENDINGS, Pairs
 from pictures import add_legend, overlay, save_image, save_mask
-from utils import UserError, ahead, progress, save_csv
+from utils import UserError, ahead, end_if_stopped, progress, save_csv
 
 
 def image_files(paths: Sequence[str], out: str) -> list[str]:
@@ -93,6 +93,7 @@ def predict_files(
     def predicted() -> Iterator[tuple]:
         read_ahead = ahead(pool, read, (index for batch in batches for index in batch), batch_size)
         for batch in batches:
+            end_if_stopped()
             found = dict(next(read_ahead) for _ in batch)
             yield from ((i, error) for i, error in found.items() if isinstance(error, UserError))
             photos = {i: photo for i, photo in found.items() if isinstance(photo, Photo)}

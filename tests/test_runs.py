@@ -257,9 +257,9 @@ def test_ctrl_c_outside_training(cli, smallest, tmp_path, monkeypatch, command):
     spoil("none", tmp_path / "x.pth")
     scores = deeplab.DeepLabv3.scores
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         signal.raise_signal(signal.SIGINT)
-        return scores(*args)
+        return scores(*args, **options)
 
     monkeypatch.setattr(deeplab.DeepLabv3, "scores", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
