@@ -73,14 +73,14 @@ class Run(NamedTuple):
         """
         saved = self.saved()
         paths = [os.path.realpath(each.path) for each in saved]
-        start = Saved(place.epoch, place.iteration, "~")
+        start = Saved(place.epoch, place.iteration, "")
         if place.resumed and os.path.realpath(place.resumed) in paths:
             # By its own numbers: another list or batch size gives the place others.
             start = saved[paths.index(os.path.realpath(place.resumed))]
         beyond = [each.path for each in saved if each > start]
         if not beyond:
             return
-        what = f"the checkpoints of --exp {self.exp} beyond {start.path}"
+        what = f"the checkpoints of --exp {self.exp} beyond {place.resumed}"
         if not place.resumed:
             what = f"what an earlier run of --exp {self.exp} left"
             others = (f"data/{self.name}.png", f"data/runs/{self.name}")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import signal
 import socket
 import stat
 import tarfile
@@ -18,6 +19,7 @@ from torchvision.models import get_model_weights
 
 import deeplab
 import downloads
+import utils
 from datasets import VOCSegmentation
 from downloads import DOWNLOADS, Download, download, fetch, mirrored
 from lists import make_voc_lists
@@ -259,6 +261,18 @@ def test_archive_that_leaves_its_folder(kind, name, content, tmp_path, monkeypat
     }
     assert all(path.is_dir() or path.is_file() for path in found) and not any(map(Path.is_symlink, found))
     assert Path("outside").read_text() == "untouched" and not Path("/tmp/evil").exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_stop_while_unpacking(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Download(f"http://unused.invalid/x.{kind}", folder="data/set", marker="a")
+    os.mkdir("data")
+    {"tar": make_tar, "zip": make_zip}[kind](file.path, {"a": b"1"})
+    monkeypatch.setattr(utils, "noted_signals", [signal.SIGTERM])
+    with pytest.raises(utils.Stopped):
+        download(file, file.url)
+    assert list(Path("data/set").iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

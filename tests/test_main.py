@@ -250,6 +250,10 @@ def test_what_is_due_after_an_iteration(done, flags, expected):
         (["--train", "--check"], "not allowed with argument"),
         (["--check", "--dataset", "custom"], "needs --data_root"),
         (["--exp", "x", "--scales", "1", "0"], "--scales"),
+        (["--export", "x.onnx"], "--export needs --checkpoint"),
+        (["--export", "x.onnx", "--checkpoint", "x.pth", "--flip"], "leave out --scales and --flip"),
+        (["--export", "x.onnx", "--checkpoint", "x.pth", "--amp", "bf16"], "leave out --device, --amp and"),
+        (["--predict", "x.jpg", "--checkpoint", "x.pth", "--plots"], "--plots draws a training run"),
     ],
 )
 def test_wrong_flags_and_missing_data(cli, flags, message):

@@ -509,11 +509,14 @@ def test_new_run_moves_the_earlier_one_aside(cli, smallest, tmp_path):
         assert len(before) == 4
 
     # Going back to an earlier checkpoint keeps the later ones aside, too.
-    status, out, _ = cli(*flags[:-1], tmp_path / f"{STEM}1.pth", "--epochs", 2)
+    status, out, _ = cli(*flags[:-1], f"{STEM}1.pth", "--epochs", 2)
     assert status == 0 and f"moved the checkpoints of --exp x beyond {STEM}1.pth to data/old/x-3\n" in out
     assert {path.name: path.read_bytes() for path in (tmp_path / "data/old/x-3").iterdir()} == {
         name: content for name, content in before.items() if "epoch1" not in name
     }
+    shutil.copy(tmp_path / f"{STEM}1.pth", tmp_path / "copy.pth")
+    status, out, _ = cli(*flags[:-1], "copy.pth", "--epochs", 2)
+    assert status == 0 and "moved the checkpoints of --exp x beyond copy.pth to data/old/x-4\n" in out
 
 
 def test_list_that_grew(cli, smallest, tmp_path):
