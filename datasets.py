@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from deeplab import to_rgb
+from deeplab import TURNS, to_rgb, turn_of, upright
 from lists import Pairs, find_samples, read_list
 from masks import COLOR_MODES, Labels, describe_pixels, read_classes
 from pictures import Palette, save_image, save_mask, voc_palette
@@ -144,6 +144,8 @@ class SegmentationDataset(Dataset):
         """
         image_path, mask_path = self.pairs[index]
         image = torch.from_numpy(np.array(to_rgb(open_image(image_path)))).permute(2, 0, 1)
+        if len(self.sizes) and tuple(self.sizes[index]) != image.shape[1:]:
+            raise UserError(f"{image_path} has changed its size since all sizes were read")
         if mask_path is None:
             return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
         mask = torch.from_numpy(self.read_mask(index))
@@ -157,9 +159,7 @@ class SegmentationDataset(Dataset):
             UserError: if the file cannot be read, or a pixel of it is no class.
         """
         path = self.pairs[index][1]
-        picture = open_image(path)
-        ImageOps.exif_transpose(picture, in_place=True)
-        return self.labels_of(path).read(picture, path)
+        return self.labels_of(path).read(upright(open_image(path)), path)
 
     def labels_of(self, mask_path: str) -> Labels:
         return self.labels
@@ -506,12 +506,26 @@ def repeated(texts: Iterable[str]) -> set[int]:
     return set(values[counts > 1].tolist())
 
 
+# Where a PNG keeps an orientation: in Pillow's words, and as the bytes of the file.
+PNG_ORIENTATION = {
+    "exif": b"eXIf",
+    "Raw profile type exif": b"Raw profile type exif",  # ImageMagick's way
+    "XML:com.adobe.xmp": b"XML:com.adobe.xmp",
+}
+
+
 def upright_size(picture: Image.Image) -> tuple[int, int]:
     """Width and height of a picture of `open_image`, turned as its EXIF orientation says."""
-    # Asked for it, Pillow decodes a whole PNG, for the tag may stand at its end. It seldom does.
-    known = picture.format != "PNG" or "exif" in picture.info or b"eXIf" in file_end(picture.filename)
-    turned = known and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return picture.size[::-1] if turned else picture.size
+    stored = picture.size
+    if picture.format == "TIFF":  # some versions of Pillow have turned it already
+        stored = tuple(picture.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+    if picture.format == "PNG" and PNG_ORIENTATION.keys().isdisjoint(picture.info):
+        # Asked for it, Pillow decodes a whole PNG, for the tag may stand at its end. It seldom does.
+        end = file_end(picture.filename)
+        if not any(mark in end for mark in PNG_ORIENTATION.values()):
+            return stored
+    sideways = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
+    return stored[::-1] if turn_of(picture) in sideways else stored
 
 
 def file_end(path: str) -> bytes:

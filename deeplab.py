@@ -7,6 +7,7 @@ start, checkpoints. The parameter names are those of the published checkpoints.
 import copy
 import os
 import pickle
+import struct
 from collections.abc import Sequence
 from functools import partial
 from urllib.error import URLError
@@ -14,7 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -369,9 +370,37 @@ class DeepLabv3(ResNet):
                 module.momentum = min(1.0, max(momentum, ASPP_MOMENTUM * PAPER_ITERATIONS / max_iter))
 
 
+# What shows a stored image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What shows an image upright; None for nothing, or if its EXIF is damaged, which viewers ignore, too."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, TypeError, ValueError, struct.error):
+        return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image, turned as its EXIF orientation says."""
+    # Not ImageOps.exif_transpose: that writes the EXIF anew, and fails if another tag of it is damaged.
+    image.load()  # which turns a TIFF
+    turn = turn_of(image)
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, turned upright by its EXIF orientation, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    """Any PIL image as 8-bit RGB, upright, transparency on white."""
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 bits of grey, whatever Pillow's version calls them
         image = Image.fromarray((np.asarray(image).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

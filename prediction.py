@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,15 @@ class Photo(NamedTuple):
     pixels: Tensor
 
 
+def read_photo(path: str, max_side: int) -> Photo | UserError:
+    """The image in a file, or what is wrong with it; see `deeplab.to_pixels`."""
+    try:
+        image = to_rgb(open_image(path))
+        return Photo(image, to_pixels(image, max_side))
+    except UserError as error:
+        return error
+
+
 def predict_files(
     model: DeepLabv3,
     files: Sequence[str],
@@ -83,24 +93,21 @@ def predict_files(
     """
     stems, batches = unique_stems(files), batches_of_one_size(files, batch_size)
 
-    def read(index: int) -> tuple[int, Photo | UserError]:
-        try:
-            image = to_rgb(open_image(files[index]))
-            return index, Photo(image, to_pixels(image, max_side))
-        except UserError as error:
-            return index, error
-
     def predicted() -> Iterator[tuple]:
-        read_ahead = ahead(pool, read, (index for batch in batches for index in batch), batch_size)
+        in_order = chain.from_iterable(batches)
+        read_ahead = ahead(pool, lambda index: read_photo(files[index], max_side), in_order, batch_size)
         for batch in batches:
             end_if_stopped()
-            found = dict(next(read_ahead) for _ in batch)
-            yield from ((i, error) for i, error in found.items() if isinstance(error, UserError))
-            photos = {i: photo for i, photo in found.items() if isinstance(photo, Photo)}
-            pixels = [photo.pixels for photo in photos.values()]
-            results = predict_batch(model, pixels, scales, flip, amp, confidence) if photos else ()
-            for (index, photo), result in zip(photos.items(), results, strict=True):
-                yield index, photo.image, *result
+            found = [(index, next(read_ahead)) for index in batch]
+            yield from ((i, error) for i, error in found if isinstance(error, UserError))
+            photos = [(i, photo) for i, photo in found if isinstance(photo, Photo)]
+            # Of one size, unless a file has changed meanwhile.
+            for _, group in groupby(photos, lambda each: each[1].pixels.shape):
+                group = list(group)
+                pixels = [photo.pixels for _, photo in group]
+                results = predict_batch(model, pixels, scales, flip, amp, confidence)
+                for (index, photo), result in zip(group, results, strict=True):
+                    yield index, photo.image, *result
 
     def write(task: tuple) -> tuple[int, np.ndarray | UserError]:
         index, found, *result = task

@@ -191,6 +191,15 @@ def damage(kind: str, path: Path) -> None:
         Image.new("RGB", (10, 10)).save(path)
 
 
+def move_to_the_end(path: Path, kind: bytes) -> None:
+    """Move the first chunk of this kind behind the pixels of a PNG."""
+    data = path.read_bytes()
+    start = data.index(kind) - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    end = data.index(b"IEND") - 4
+    path.write_bytes(data[:start] + data[start + len(chunk) : end] + chunk + data[end:])
+
+
 @pytest.fixture(scope="session")
 def many(tmp_path_factory) -> list[tuple[str, str]]:
     """10,000 tiny images and their masks, of three sizes."""

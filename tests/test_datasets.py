@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import damage, make_list_dataset, memory, needs_proc, one_line
-from PIL import Image
+from conftest import damage, make_list_dataset, memory, move_to_the_end, needs_proc, one_line
+from PIL import Image, PngImagePlugin
 
 from datasets import (
     VOC_CLASSES,
@@ -151,6 +151,67 @@ def test_training_reads_images_as_prediction_does(folder):
     assert (ListSegmentation(str(folder), "val")[0][0] == 128).all()
     Image.new("RGBA", (80, 60), (0, 0, 0, 0)).save(folder / "images/val0.png")
     assert (ListSegmentation(str(folder), "val")[0][0] == 255).all()
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags.update({0x0112: orientation, 0x010F: "a maker", 0x011A: 72.5})
+    return tags
+
+
+def png_text(keyword: str, text: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(keyword, text) if keyword.startswith("XML") else info.add_text(keyword, text, zip=True)
+    return info
+
+
+def profile(orientation: int) -> str:
+    data = exif_of(orientation).tobytes()
+    return f"\nexif\n{len(data):8}\n{data.hex()}\n"
+
+
+ORIENTATIONS = {
+    **{ending: lambda n: {"exif": exif_of(n)} for ending in ("jpg", "png", "webp", "tif")},
+    "ImageMagick.png": lambda n: {"pnginfo": png_text("Raw profile type exif", profile(n))},
+    "Adobe.png": lambda n: {"pnginfo": png_text("XML:com.adobe.xmp", f'<tiff:Orientation="{n}"/>')},
+}
+
+
+@pytest.mark.parametrize("kind", ORIENTATIONS)
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_headers_tell_the_size_of_the_upright_image(tmp_path, kind, at_the_end):
+    path = tmp_path / f"a.{kind.rpartition('.')[2]}"
+    for orientation in range(1, 9):
+        Image.new("RGB", (30, 20)).save(path, **ORIENTATIONS[kind](orientation))
+        if at_the_end and path.suffix == ".png":
+            move_to_the_end(path, {"png": b"eXIf", "ImageMagick.png": b"zTXt", "Adobe.png": b"iTXt"}[kind])
+        dataset = SegmentationDataset([(str(path), None)], Labels(["a"], [(0, 0, 0)]))
+        assert dataset.drop_bad() == []
+        size = [30, 20] if orientation > 4 else [20, 30]
+        assert dataset.sizes.tolist() == [size] == [list(dataset[0][1].shape)], orientation
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged tags
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_damaged_exif_does_not_spoil_the_image(tmp_path, kind):
+    path, rng = tmp_path / f"a.{kind}", np.random.default_rng(0)
+    dataset = SegmentationDataset([(str(path), str(path))], Labels(["a"], [(0, 0, 0)], colors={(0, 0, 0): 0}))
+    for count in range(500):
+        data = np.frombuffer(b"Exif\0\0" + exif_of(6).tobytes().removeprefix(b"Exif\0\0"), np.uint8).copy()
+        places = rng.integers(len(data), size=1 + count % 6)
+        data[places] = rng.integers(256, size=len(places))
+        Image.new("RGB", (30, 20)).save(path, exif=data.tobytes())
+        dataset.sizes = np.zeros((0, 2))
+        assert dataset.drop_bad() == [] and sorted(dataset[0][1].shape) == [20, 30]
+
+
+def test_image_that_has_changed_its_size(folder):
+    dataset = ListSegmentation(str(folder), "val")
+    dataset.drop_bad()
+    for name in ("images/val1.jpg", "masks/val1.png"):
+        Image.new("L", (300, 200)).save(folder / name)
+    with pytest.raises(UserError, match=r"val1.jpg has changed its size"):
+        dataset[1]
 
 
 def test_only_cuda_copies_without_waiting(folder, monkeypatch):
