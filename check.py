@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from datasets import AHEAD, DATASETS, SegmentationDataset
+from datasets import DATASETS, SegmentationDataset
 from pictures import sample_row, sample_sheet, save_image
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
@@ -29,7 +29,7 @@ class Part:
         self.faults: list[str] = []
         shares = np.zeros(256)
         with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
-            found = progress(ahead(pool, self.look, range(count), AHEAD), f"decoding {split}", count)
+            found = progress(ahead(pool, self.look, range(count)), f"decoding {split}", count)
             for index, result in enumerate(found):
                 if isinstance(result, str):
                     self.faults.append(result)

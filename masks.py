@@ -47,7 +47,7 @@ class Labels:
         self.tables: dict[int, np.ndarray] = {}  # of all values or colours below a bound
 
     def read(self, picture: Image.Image, path: str) -> np.ndarray:
-        """The labels, uint8 (H, W), of a mask that `datasets.open_image` has opened from `path`.
+        """The labels, uint8 (H, W), of a mask that `images.open_image` has opened from `path`.
 
         Masks of one byte a pixel (grey, palette or bits) and of 16 or 32 bits go by the pixels' values, RGB
         and RGBA masks by the colours.

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets import header_sizes, open_image
 from deeplab import DeepLabv3, autocast, enlarge, to_pixels, to_rgb
+from images import header_sizes, open_image
 from lists import IMAGE_ENDINGS, Pairs
 from pictures import add_legend, overlay, save_image, save_mask
 from utils import UserError, ahead, end_if_stopped, progress, save_csv

@@ -139,7 +139,7 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> Itera
                 print(f"{what}: {done} of {total}", flush=True)
 
 
-def ahead(pool: Executor, function: Callable, items: Iterable, most: int) -> Iterator:
+def ahead(pool: Executor, function: Callable, items: Iterable, most: int = 16) -> Iterator:
     """`function` of each item in their order; the pool computes at most `most` of them before their turn."""
     pending: deque[Future] = deque()
     for item in items:

@@ -20,9 +20,9 @@ from datasets import (
     TrainBatches,
     VOCSegmentation,
     load_batches,
-    open_image,
     random_crop,
 )
+from images import open_image
 from masks import Labels
 from pictures import voc_palette
 from utils import UserError

@@ -8,7 +8,8 @@ import pytest
 from conftest import one_line, spoil
 from PIL import Image
 
-from datasets import ListSegmentation, SegmentationDataset, Shapes, header_sizes
+from datasets import ListSegmentation, SegmentationDataset, Shapes
+from images import header_sizes
 from lists import Pairs, common_suffix, find_samples
 from masks import Labels
 from utils import UserError

@@ -416,7 +416,7 @@ def test_imports_go_one_way():
         for name, text in modules.items()
     }
     order = ["main", "flags", "check", "evaluation", "prediction", "export", "downloads", "runs", "datasets"]
-    order += ["lists", "masks", "shapes", "pictures", "plots", "utils", "deeplab"]
+    order += ["images", "lists", "masks", "shapes", "pictures", "plots", "utils", "deeplab"]
     assert sorted(modules) == sorted(order) and imports["deeplab"] == set()
     for i, name in enumerate(order):
         assert imports[name] <= set(order[i + 1 :]), name

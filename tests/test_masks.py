@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import deeplab
-from datasets import ListSegmentation, load_batches, open_image
+from datasets import ListSegmentation, load_batches
+from images import open_image
 from masks import Labels, describe_pixels, read_classes
 from utils import UserError
 
