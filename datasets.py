@@ -27,10 +27,11 @@ from pictures import Palette, save_image, save_mask, voc_palette
 from shapes import draw_shapes
 from utils import IGNORE_INDEX, UserError, ahead, end_if_stopped, outlive_stop_signals, progress, read_lines
 
-VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow "
-    "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
+VOC_CLASSES = [
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+    *("sheep", "sofa", "train", "tvmonitor"),
+]
 # name, id in _labelIds.png, colour; the position is the label that is trained on (trainId)
 CITYSCAPES_CLASSES = [
     ("road", 7, (128, 64, 128)),

@@ -10,7 +10,9 @@ from glob import glob
 from utils import UserError, read_lines, write_whole
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-SPLITS = ("train", "val", "test")
+# Names of folders, in lower case, that are splits.
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_FOLDERS |= {"test": "test", "testing": "test"}
 
 
 class Pairs(Sequence):
@@ -57,6 +59,8 @@ def find_samples(root: str, split: str) -> Pairs:
         return read_list(root, split, "--data_root names the folder that holds it")
     if os.path.isdir(os.path.join(root, "images")):
         return pair_folders(root, split)
+    if not os.path.isdir(root):
+        raise UserError(f"there is no folder {root}: --data_root names the one that holds the data set")
     raise UserError(f"{root} has neither list/{split}.txt nor the folders images and masks")
 
 
@@ -114,8 +118,8 @@ def pair_folders(root: str, split: str) -> Pairs:
     """The images below `root`/images with the masks of the same names below `root`/masks, whose names may end
     in something that is common to all, such as `_mask`.
 
-    The folders train, val and test within both are the splits. Without them a hash of its name puts each
-    fifth image in val: it stays there on every machine, and when others come.
+    The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`). Without them a hash of
+    its name puts each fifth image in val: it stays there on every machine, and when others come.
 
     Raises:
         UserError: if the two do not match.
@@ -128,8 +132,8 @@ def pair_folders(root: str, split: str) -> Pairs:
         other = stems[os.path.splitext(one)[0].removesuffix(suffix)]
         raise UserError(f"{root}/masks has {one} and {other}: which of them is meant?")
     masks = stems
-    if any(name.startswith("train/") for name in images):
-        part = {name for name in {*images, *masks} if name.startswith(f"{split}/")}
+    if any(map(split_of, images)):
+        part = {name for name in {*images, *masks} if split_of(name) == split}
     else:
         fifth = {name for name in {*images, *masks} if zlib.crc32(os.fsencode(name)) % 5 == 0}
         part = {"train": {*images, *masks} - fifth, "val": fifth, "test": set()}[split]
@@ -148,6 +152,12 @@ def pair_folders(root: str, split: str) -> Pairs:
     return Pairs(root, ((f"images/{images[name]}", mask_of.get(name)) for name in names))
 
 
+def split_of(name: str) -> str | None:
+    """The split that the first folder of a relative path names, or None."""
+    folder, slash, _ = name.partition("/")
+    return SPLIT_FOLDERS.get(folder.lower()) if slash else None
+
+
 def images_below(folder: str) -> dict[str, str]:
     """The image files in a folder and those in it, by their paths relative to it without the endings.
 
@@ -155,7 +165,7 @@ def images_below(folder: str) -> dict[str, str]:
         UserError: if two of them differ in their endings alone.
     """
     found = {}
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
             stem, ending = os.path.splitext(name)
             if ending.lower() not in IMAGE_ENDINGS or name.startswith("."):

@@ -96,7 +96,7 @@ def test_sets_that_are_not_there(cli, tmp_path):
     for flags, message in (
         (["--check"], "download pascal"),
         (["--check", "--dataset", "cityscapes"], "leftImg8bit_trainvaltest.zip"),
-        ([*CHECK, "none"], "none has neither list/train.txt nor the folders images and masks"),
+        ([*CHECK, "none"], "there is no folder none: --data_root"),
     ):
         status, out, err = cli(*flags)
         assert status == 1 and message in err and "fault" in out and not (tmp_path / "data/check").exists()

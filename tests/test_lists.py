@@ -74,6 +74,20 @@ def test_folders_of_splits(tmp_path):
     assert samples(root, "test") == [("images/test/1.png", None)]
 
 
+@pytest.mark.parametrize(("train", "val"), [("training", "validation"), ("Train", "Val"), ("train", "valid")])
+def test_folders_of_splits_by_their_other_names(tmp_path, train, val):
+    """They are the user's own split, which a hash of the names must not mix; links to other disks count."""
+    root = make_folders(tmp_path, [f"{train}/1", f"{val}/1", f"{val}/2"], "", "png")
+    (tmp_path / "images" / val).rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / val).symlink_to(tmp_path / "elsewhere")
+    assert samples(root, "train") == [(f"images/{train}/1.png", f"masks/{train}/1.png")]
+    assert samples(root, "val") == [(f"images/{val}/{i}.png", f"masks/{val}/{i}.png") for i in (1, 2)]
+    shutil.rmtree(tmp_path / "images" / train)
+    shutil.rmtree(tmp_path / "masks" / train)
+    with pytest.raises(UserError, match="no images of the train part .2 in all."):
+        find_samples(root, "train")
+
+
 def test_folders_that_do_not_match(tmp_path):
     root = make_folders(tmp_path, NAMES[:12], "_mask")
     for damage, message in (
