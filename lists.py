@@ -100,7 +100,7 @@ def make_voc_lists(folder: str) -> None:
         with open(path, encoding="utf-8") as file:
             val = file.read().split()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not text")
+        reason = getattr(error, "strerror", "not UTF-8")
         raise UserError(
             f"cannot read {path} ({reason}): it is part of VOCtrainval_11-May-2012.tar"
         ) from error

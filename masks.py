@@ -173,7 +173,7 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
     name, mistake = " ".join(words), None
     if equals and not (values and all(value.isdecimal() and len(value) < 10 for value in values)):
         mistake = "expected pixel values after `=`, such as `= 255` or `= 7 8`"
-    elif not name:
+    elif not name or name.startswith("#"):
         mistake = "a line begins with the name of a class"
     elif max(color, default=0) > 255:
         mistake = "a colour is three numbers of 0 to 255"

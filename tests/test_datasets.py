@@ -335,7 +335,7 @@ def test_lists(folder):
         with pytest.raises(UserError, match=message):
             ListSegmentation(str(folder), "val")
     path.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match=r"cannot read .*val.txt \(not text\)"):
+    with pytest.raises(UserError, match=r"cannot read .*val.txt \(not UTF-8\)"):
         ListSegmentation(str(folder), "val")
     path.write_text("\ufeff/images/val0.jpg /masks/val0.png\r\n\r\nimages/val1.jpg masks/val1.png")
     assert len(ListSegmentation(str(folder), "val")) == 2

@@ -78,6 +78,7 @@ def test_colours(tmp_path):
         ("a = 1.5\n", "expected pixel values after `=`"),
         ("a = 99999999999\n", "expected pixel values after `=`"),
         ("= 5\n", "a line begins with the name of a class"),
+        ("a\n# the others\n", ":2: '# the others': a line begins with the name of a class"),
         ("1 2 3\n", "the name comes first"),
         ("a = 1\nb = 2 1\n", ":2: 'b': the value 1 is 'a' already"),
         ("a\nb = 0\n", ":2: 'b': the value 0 is 'a' already"),
