@@ -518,7 +518,8 @@ def read_checkpoint(path: str) -> dict:
         or not all(isinstance(value, Tensor) for value in state.values())
     ):
         raise ModelError(f"{path} holds no state_dict of tensors")
-    if not isinstance(checkpoint.get("model", {}), dict):
+    model = checkpoint.get("model", {})
+    if not isinstance(model, dict) or any(isinstance(value, Tensor) for value in model.values()):
         raise ModelError(f"{path} does not say what model it holds")
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
     return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
@@ -647,7 +648,9 @@ def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:
     """
     try:
         model = DeepLabv3(**{**read_config(checkpoint, path), **options})
-    except TypeError as error:
+    except ModelError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} does not say what model it holds") from error
     load_weights(model, checkpoint, path)
     if not published(checkpoint):

@@ -193,27 +193,23 @@ def load_progress(
         UserError: if the checkpoint has no such state.
     """
     try:
-        fused = optimizer.defaults["fused"]
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group in optimizer.param_groups:
-            group["fused"] = fused  # it came from the checkpoint, as everything of the group
+            group.update(optimizer.defaults)  # only the momentum is the checkpoint's, not "fused", say
             for parameter in group["params"]:
                 match_layout(parameter, optimizer.state[parameter])
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
-        epoch, before = int(checkpoint["epoch"]), dict(checkpoint.get("flags", {}))
+        epoch, before = int(checkpoint["epoch"]), checkpoint.get("flags", {})
+        changed = [key for key in RUN_FLAGS if key in before and flags[key] != before[key]]
         length_before = Length(*(int(checkpoint.get(key, now)) for key, now in length._asdict().items()))
         iteration = int(checkpoint.get("iteration", 0)) * length.per_epoch // length_before.per_epoch
-        best = Best(*checkpoint["best"]) if checkpoint.get("best") else None
-    except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        best = checkpoint.get("best") and Best(int(checkpoint["best"][0]), float(checkpoint["best"][1]))
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
-    changed = [
-        f"--{key} {value} to {flags[key]}"
-        for key, value in before.items()
-        if key in RUN_FLAGS and flags[key] != value
-    ]
     if changed:
-        print(f"the run goes on with other flags: {', '.join(changed)}")
+        shown = ", ".join(f"--{key} {before[key]} to {flags[key]}" for key in changed)
+        print(f"the run goes on with other flags: {shown}")
     if length_before != length:
         now, then = (f"{images} images in {steps} iterations" for images, steps in (length, length_before))
         print(f"an epoch is {now}, not {then} as before: the run goes on at the same share of its schedule")

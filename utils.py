@@ -193,7 +193,9 @@ def read_lines(path: str, remedy: str) -> Iterator[tuple[int, str]]:
                     empty = False
                     yield number, line.rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', 'not UTF-8')}): {remedy}") from error
+        raise UserError(
+            f"cannot read {path} ({getattr(error, 'strerror', 'not UTF-8')}): {remedy}"
+        ) from error
     if empty:
         raise UserError(f"{path} is empty: {remedy}")
 

@@ -1,5 +1,6 @@
-"""Nothing let in: checkpoints that would run code, are damaged, or are of another model."""
+"""Nothing let in: checkpoints that would run code, are damaged, or are of another model or program."""
 
+import math
 import os
 import pickle
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import one_line, spoil
+from test_runs import two_groups
 
 import deeplab
+import main
+from runs import Length, load_progress
 
 
 class Program:
@@ -89,3 +93,54 @@ def test_checkpoint_of_other_flags(cli, small, tmp_path):
     status, _, err = cli("--exp", "x", *small, "--checkpoint", "x.pth")
     assert status == 1 and "--groups" in err and one_line(err)
     assert cli("--exp", "x", *small, "--checkpoint", "x.pth", "--groups", 32, "--weight_std")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"optimizer": 3},
+        {"optimizer": {"state": [], "param_groups": []}},
+        {"epoch": math.inf},
+        {"flags": {"seed": torch.zeros(2)}},
+        {"best": ("x", 1)},
+        {"per_epoch": 0},
+    ],
+)
+def test_progress_of_another_kind_is_refused(cli, smallest, tmp_path, entries):
+    flags = ["--train", "--exp", "x", *smallest, "--epochs"]
+    assert cli(*flags, 1)[0] == 0
+    path = tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch1.pth"
+    torch.save({**torch.load(path), **entries}, path)
+    status, _, err = cli(*flags, 2, "--resume", "auto")
+    assert status == 1 and one_line(err) and "cannot be resumed, only evaluated" in err
+
+
+def test_hyperparameters_are_not_the_checkpoints():
+    """Of the optimizer's state only the momentum is taken: what else it says could be another program's."""
+    model, off = two_groups(torch.contiguous_format), torch.amp.GradScaler(enabled=False)
+    optimizer = main.make_optimizer(model)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.update(momentum=0.0, weight_decay=7.0, nesterov=True, fused=False)
+    load_progress({"optimizer": state, "epoch": 0}, "x.pth", optimizer, off, Length(2, 1), {})
+    for group in optimizer.param_groups:
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"num_classes": 1.5}, {"multi_grid": "abc"}, {"aspp_rates": torch.ones(2)}, {"beta": [], "x": 1}],
+)
+def test_model_of_another_kind_is_refused(tmp_path, config):
+    spoil("", tmp_path / "x.pth")
+    checkpoint = torch.load(tmp_path / "x.pth")
+    model = {
+        "backbone": "resnet50",
+        "num_classes": 3,
+        "num_groups": 32,
+        "weight_std": True,
+        "aspp_rates": [6],
+    }
+    torch.save({**checkpoint, "model": {**model, **config}}, tmp_path / "x.pth")
+    with pytest.raises(deeplab.ModelError, match="does not say what model it holds"):
+        deeplab.load(str(tmp_path / "x.pth"))
