@@ -15,6 +15,7 @@ import time
 import zlib
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
+from inspect import signature
 from traceback import clear_frames, format_exception
 from typing import NoReturn
 
@@ -299,6 +300,15 @@ def check_same_start(model: DeepLabv3, batches: datasets.TrainBatches, val_set: 
             raise UserError(f"{different}: each machine needs the same flags, data and checkpoints")
 
 
+def share_gradients(model: DeepLabv3) -> DistributedDataParallel:
+    """The model of one of several processes; its backward pass averages the gradients of all."""
+    # BatchNorm's statistics, its buffers, need no exchange: SyncBatchNorm has made them alike, or `validate`
+    # does. Newer versions of torch have another name for it.
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{name: False}, gradient_as_bucket_view=True)
+
+
 def due(done: int, per_epoch: int, max_iter: int, args: argparse.Namespace) -> str | None:
     """What comes after iteration `done`, counted from 1: "validate" (and save), "save", "look" or nothing."""
     epochs_done, within = divmod(done, per_epoch)
@@ -404,7 +414,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         model.compile(dynamic=False)
     if WORLD > 1:
         check_same_start(model, batches, val_set)
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = share_gradients(model)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = args.amp or ("bf16" if has_bf16 else "none")
 
@@ -563,6 +573,18 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
     return None
 
 
+def join_processes(device: torch.device) -> None:
+    """Raises:
+    UserError: if the environment names several processes, but not how they find each other.
+    """
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        way_out = "start them by torchrun, or unset WORLD_SIZE for a single one"
+        raise UserError(f"WORLD_SIZE is {WORLD}, for so many processes ({reason}): {way_out}") from error
+
+
 def run(args: argparse.Namespace) -> int:
     """One command; returns the exit status."""
     if args.download:
@@ -578,7 +600,7 @@ def run(args: argparse.Namespace) -> int:
         plots.make_figure(1, 1)  # whether it can, before the work
     device = pick_device(args)
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_processes(device)
     if args.predict:
         return int(run_prediction(args, device) > 0)
     (train if args.train else run_evaluation)(args, device)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 IGNORE_INDEX = 255
 # Set by torchrun: the number of this process, of all, on this machine. Rank 0 prints and writes files.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
