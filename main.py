@@ -12,10 +12,8 @@ import math
 import multiprocessing
 import sys
 import time
-import zlib
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
-from inspect import signature
 from traceback import clear_frames, format_exception
 from typing import NoReturn
 
@@ -23,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import check
@@ -33,6 +30,7 @@ import export
 import pictures
 import plots
 import prediction
+import processes
 import runs
 import utils
 from datasets import SegmentationDataset
@@ -284,31 +282,6 @@ def start_model(
     return model, optimizer, scaler, place
 
 
-def check_same_start(model: DeepLabv3, batches: datasets.TrainBatches, val_set: SegmentationDataset) -> None:
-    """Raises:
-    UserError: if the processes, on several machines say, do not start alike: their exchanges would hang.
-    """
-    mine = {"iteration": batches.start, "iterations": batches.max_iter, "validation images": len(val_set)}
-    if batches.start:  # new weights need not agree: those of the first process go to all
-        mine["weights"] = zlib.crc32(model.aspp.conv3.weight.detach().cpu().contiguous().numpy())
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, mine)
-    for what, value in everyone[0].items():
-        others = [each.get(what) for each in everyone]
-        if any(other != value for other in others):
-            different = f"the processes do not start alike ({what}: {', '.join(map(str, others))})"
-            raise UserError(f"{different}: each machine needs the same flags, data and checkpoints")
-
-
-def share_gradients(model: DeepLabv3) -> DistributedDataParallel:
-    """The model of one of several processes; its backward pass averages the gradients of all."""
-    # BatchNorm's statistics, its buffers, need no exchange: SyncBatchNorm has made them alike, or `validate`
-    # does. Newer versions of torch have another name for it.
-    known = signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{name: False}, gradient_as_bucket_view=True)
-
-
 def due(done: int, per_epoch: int, max_iter: int, args: argparse.Namespace) -> str | None:
     """What comes after iteration `done`, counted from 1: "validate" (and save), "save", "look" or nothing."""
     epochs_done, within = divmod(done, per_epoch)
@@ -319,14 +292,6 @@ def due(done: int, per_epoch: int, max_iter: int, args: argparse.Namespace) -> s
     if not within or done % args.log_every == 0:
         return "look"
     return None
-
-
-def stop_asked() -> bool:
-    """Whether a stop signal has come to this process, or to any other."""
-    asked = torch.tensor(len(utils.noted_signals))
-    if WORLD > 1:
-        dist.all_reduce(asked)  # a tensor of the CPU: the GPUs are not waited for
-    return asked.item() > 0
 
 
 class Window:
@@ -413,8 +378,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile:
         model.compile(dynamic=False)
     if WORLD > 1:
-        check_same_start(model, batches, val_set)
-        net = share_gradients(model)
+        processes.check_same_start(model, batches, val_set)
+        net = processes.share_gradients(model)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = args.amp or ("bf16" if has_bf16 else "none")
 
@@ -434,7 +399,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         window.loss_sum += train_step(net, optimizer, scaler, x, masks, amp, args.accum, weights)
 
         done = iteration + 1
-        task, stops = due(done, batches.per_epoch, batches.max_iter, args), stop_asked()
+        task, stops = due(done, batches.per_epoch, batches.max_iter, args), processes.stop_asked()
         if not task and not stops:
             continue
         saves = stops or task in ("save", "validate")
@@ -573,18 +538,6 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
     return None
 
 
-def join_processes(device: torch.device) -> None:
-    """Raises:
-    UserError: if the environment names several processes, but not how they find each other.
-    """
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        way_out = "start them by torchrun, or unset WORLD_SIZE for a single one"
-        raise UserError(f"WORLD_SIZE is {WORLD}, for so many processes ({reason}): {way_out}") from error
-
-
 def run(args: argparse.Namespace) -> int:
     """One command; returns the exit status."""
     if args.download:
@@ -600,7 +553,7 @@ def run(args: argparse.Namespace) -> int:
         plots.make_figure(1, 1)  # whether it can, before the work
     device = pick_device(args)
     if WORLD > 1:
-        join_processes(device)
+        processes.join(device)
     if args.predict:
         return int(run_prediction(args, device) > 0)
     (train if args.train else run_evaluation)(args, device)

@@ -415,8 +415,20 @@ def test_imports_go_one_way():
         name: {other for other in modules if re.search(rf"^(import|from) {other}\b", text, re.MULTILINE)}
         for name, text in modules.items()
     }
-    order = ["main", "flags", "check", "evaluation", "prediction", "export", "downloads", "runs", "datasets"]
-    order += ["images", "lists", "masks", "shapes", "pictures", "plots", "utils", "deeplab"]
+    order = ["main", "flags", "check", "evaluation", "prediction", "export", "downloads"]
+    order += [
+        "processes",
+        "runs",
+        "datasets",
+        "images",
+        "lists",
+        "masks",
+        "shapes",
+        "pictures",
+        "plots",
+        "utils",
+        "deeplab",
+    ]
     assert sorted(modules) == sorted(order) and imports["deeplab"] == set()
     for i, name in enumerate(order):
         assert imports[name] <= set(order[i + 1 :]), name

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_two_processes_train_and_evaluate(cli, tmp_path, monkeypatch):
     root = make_list_dataset(tmp_path / "set", val=5)
     flags = ["--dataset", "custom", "--data_root", root, *SMALL, *FLAGS, "--eval_batch_size", 2]
     assert torchrun(tmp_path, TINY, "--train", "--exp", "x", "--epochs", 2, *flags).wait() == 0
-    out = (tmp_path / "out").read_text()
+    out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+    assert main.__file__ not in err  # no warning of torch about a call
     assert out.count("6 images to train on") == out.count("iteration 4/4") == out.count("saved") == 1
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
         "deeplab_resnet50_custom_v3_x.csv",
@@ -79,6 +81,15 @@ def test_two_processes_train_and_evaluate(cli, tmp_path, monkeypatch):
     two, one = (json.loads(files.pop("metrics.json"))["confusion"] for files in (two, one)), (two, one)
     counts_of_two, counts_of_one = two
     assert counts_of_two == counts_of_one and one[0] == one[1]
+
+
+def test_processes_that_cannot_find_each_other(smallest, tmp_path):
+    """Some clusters set WORLD_SIZE for every job."""
+    command = [sys.executable, TINY, "--train", "--exp", "x", *smallest]
+    run = partial(subprocess.run, list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    result = run(env={**os.environ, "WORLD_SIZE": "2", "RANK": ""})
+    assert result.returncode == 1 and "unset WORLD_SIZE" in result.stderr and "Traceback" not in result.stderr
+    assert run(env={**os.environ, "WORLD_SIZE": "", "RANK": ""}).returncode == 0
 
 
 def test_two_processes_draw_shapes_in_an_empty_folder(tmp_path):
