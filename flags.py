@@ -145,6 +145,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
     """End with the first mistake that the flags show by themselves."""
+    for name, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):  # of a shell's variable that is not set
+            parser.error(f"--{name} is empty: give it a value, or leave it out")
     evaluates = not (args.train or args.predict or args.export or args.download or args.check)
     if args.url and len(args.download or ()) != 1:
         parser.error("--url replaces the address of one --download NAME: give one NAME with it")

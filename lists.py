@@ -152,6 +152,11 @@ def pair_folders(root: str, split: str) -> Pairs:
     return Pairs(root, ((f"images/{images[name]}", mask_of.get(name)) for name in names))
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file of that name is an image, and not hidden, as macOS' `._a.jpg` beside `a.jpg`."""
+    return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and not name.startswith(".")
+
+
 def split_of(name: str) -> str | None:
     """The split that the first folder of a relative path names, or None."""
     folder, slash, _ = name.partition("/")
@@ -167,11 +172,10 @@ def images_below(folder: str) -> dict[str, str]:
     found = {}
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
-            stem, ending = os.path.splitext(name)
-            if ending.lower() not in IMAGE_ENDINGS or name.startswith("."):
+            if not is_image_name(name):
                 continue
             path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
-            other = found.setdefault(path.removesuffix(ending), path)
+            other = found.setdefault(os.path.splitext(path)[0], path)
             if other != path:
                 raise UserError(f"{folder} has {other} and {path}: which of them is meant?")
     return found

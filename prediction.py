@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deeplab import DeepLabv3, autocast, enlarge, to_pixels, to_rgb
 from images import header_sizes, open_image
-from lists import IMAGE_ENDINGS, Pairs
+from lists import Pairs, is_image_name
 from pictures import add_legend, overlay, save_image, save_mask
 from utils import UserError, ahead, end_if_stopped, progress, save_csv
 
@@ -33,8 +33,7 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
     for path in (path for word in paths for path in (read_paths() if word == "-" else [word])):
         found = [path]
         if os.path.isdir(path):
-            names = sorted(os.listdir(path))
-            found = [os.path.join(path, n) for n in names if os.path.splitext(n)[1].lower() in IMAGE_ENDINGS]
+            found = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_image_name(name)]
         elif glob.has_magic(path) and not os.path.exists(path):
             found = sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
         folders = {os.path.realpath(os.path.dirname(name)) for name in found if name != path}
