@@ -518,9 +518,11 @@ def read_checkpoint(path: str) -> dict:
         or not all(isinstance(value, Tensor) for value in state.values())
     ):
         raise ModelError(f"{path} holds no state_dict of tensors")
-    model = checkpoint.get("model", {})
-    if not isinstance(model, dict) or any(isinstance(value, Tensor) for value in model.values()):
+    config, classes = checkpoint.get("model", {}), checkpoint.get("classes", [])
+    if not isinstance(config, dict) or any(isinstance(value, Tensor) for value in config.values()):
         raise ModelError(f"{path} does not say what model it holds")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ModelError(f"{path} does not name its classes")
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
     return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
 
@@ -655,7 +657,7 @@ def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:
     load_weights(model, checkpoint, path)
     if not published(checkpoint):
         try:
-            model.classes = [str(name) for name in checkpoint["classes"]]
+            model.classes = checkpoint["classes"]
             model.palette = np.array(checkpoint["palette"], np.uint8).reshape(len(model.classes), 3).tolist()
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"{path} does not name its classes and their colours") from error

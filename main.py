@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from traceback import clear_frames, format_exception
@@ -125,6 +126,20 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         deeplab.load_weights(model, checkpoint, path)
         model.classes, model.palette = labels.classes, labels.palette
     return model.place(device).eval(), path
+
+
+def compare_classes(names: Sequence[str], path: str, dataset: SegmentationDataset) -> None:
+    """Say it if the classes of a checkpoint have other names than those of the data set.
+
+    Raises:
+        UserError: if they are the same in another order, so that each would be taken for another.
+    """
+    if list(names) == list(dataset.classes):
+        return
+    other = f"{path} was trained with {{}}: {', '.join(names)}"
+    if sorted(names) == sorted(dataset.classes):
+        raise UserError(f"{other.format('the classes in another order')}; give them that order")
+    print(other.format("other names of the classes"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,7 +275,10 @@ def start_model(
     model = deeplab.build(pretrained=not (args.scratch or resume or args.init), **options)
     model.classes, model.palette = dataset.classes, dataset.palette
     if args.init:
-        left_out = deeplab.init_weights(model, deeplab.read_checkpoint(args.init), args.init)
+        checkpoint = deeplab.read_checkpoint(args.init)
+        left_out = deeplab.init_weights(model, checkpoint, args.init)
+        if not left_out:
+            compare_classes(checkpoint.get("classes", dataset.classes), args.init, dataset)
         print(f"starts from {args.init}", *(["but for", " and ".join(left_out)] if left_out else []))
     model.fit_bn_momentum(batches.max_iter)
     if args.freeze_bn:
@@ -275,6 +293,7 @@ def start_model(
     if resume:
         checkpoint = deeplab.read_checkpoint(resume)
         deeplab.load_weights(model, checkpoint, resume)
+        compare_classes(checkpoint.get("classes", dataset.classes), resume, dataset)
         flags = vars(args)
         length = runs.Length(batches.length, batches.per_epoch)
         place = runs.load_progress(checkpoint, resume, optimizer, scaler, length, flags)
@@ -457,8 +476,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if len(model.classes) != len(dataset.classes):
         counts = f"{len(model.classes)} classes, but --dataset {args.dataset} has {len(dataset.classes)}"
         raise UserError(f"{path} was trained with {counts}: name its own by --dataset and --data_root")
-    if list(model.classes) != list(dataset.classes):
-        print(f"{path} was trained with other names of the classes: {', '.join(model.classes)}")
+    compare_classes(model.classes, path, dataset)
     shapes = len(dataset.eval_shapes(args.eval_batch_size)) * len(args.scales)
     torch.backends.cudnn.benchmark = shapes <= FEW_SHAPES
     if args.compile and shapes > FEW_SHAPES:

@@ -319,6 +319,25 @@ def test_data_set_of_other_classes(cli, smallest, tmp_path):
         assert said in out + err and status == (len(classes) == 4)
 
 
+def test_classes_in_another_order(cli, smallest, tmp_path):
+    """Each would be taken for another: going on with a run, or evaluating it, would mean nothing."""
+    names, flags = tmp_path / "set/classes.txt", ["--exp", "x", *smallest]
+    assert cli("--train", *flags, "--epochs", 1)[0] == 0
+    path = "data/deeplab_resnet50_custom_v3_x_epoch1.pth"
+    for start in (["--resume", "auto"], ["--init", path]):
+        names.write_text("c = 2\na = 0\nb = 1\n")
+        for command in ([], ["--train", "--epochs", 2, *start]):
+            status, _, err = cli(*flags, *command)
+            assert (
+                status == 1
+                and one_line(err)
+                and f"{path} was trained with the classes in another order" in err
+            )
+        names.write_text("a\nb\nsky\n")
+        status, out, _ = cli("--train", *flags, "--epochs", 2, *start)
+        assert status == 0 and "other names of the classes: a, b, c" in out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 def test_compiled_training_validates_without_compiling_anew(cli, smallest, monkeypatch):
