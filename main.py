@@ -333,7 +333,7 @@ def look(window: Window, done: int, batch_size: int, model: DeepLabv3 | None = N
     if model and not all(p.isfinite().all() for p in model.parameters()):
         loss = math.nan  # the last step broke the weights, and its loss did not show it yet
     if not math.isfinite(loss):
-        way_out = "lower --base_lr; the last checkpoint is from before that"
+        way_out = "lower --base_lr; whatever is saved is from before that"
         raise UserError(f"the loss is {loss} at iteration {done}: {way_out}")
     rate = (done - window.start) * batch_size / (time.perf_counter() - window.began)
     return {"loss": loss, "images_per_second": rate}

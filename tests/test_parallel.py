@@ -85,7 +85,7 @@ def test_two_processes_train_and_evaluate(cli, tmp_path, monkeypatch):
 
 def test_processes_that_cannot_find_each_other(smallest, tmp_path):
     """Some clusters set WORLD_SIZE for every job."""
-    command = [sys.executable, TINY, "--train", "--exp", "x", *smallest]
+    command = [sys.executable, TINY, "--train", "--exp", "x", "--epochs", 1, *smallest]
     run = partial(subprocess.run, list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
     result = run(env={**os.environ, "WORLD_SIZE": "2", "RANK": ""})
     assert result.returncode == 1 and "unset WORLD_SIZE" in result.stderr and "Traceback" not in result.stderr
