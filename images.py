@@ -71,15 +71,20 @@ PNG_ORIENTATION = {
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture of `open_image`, turned as its EXIF orientation says."""
+    """Width and height of a picture of `open_image`, turned as its EXIF orientation says.
+
+    Raises:
+        UserError: if that takes decoding, and it cannot be.
+    """
     stored = picture.size
     if picture.format == "TIFF":  # some versions of Pillow have turned it already
         stored = tuple(picture.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-    if picture.format == "PNG" and PNG_ORIENTATION.keys().isdisjoint(picture.info):
-        # Asked for it, Pillow decodes a whole PNG, for the tag may stand at its end. It seldom does.
+    if picture.format == "PNG" and "exif" not in picture.info:
+        # Asked for it, Pillow decodes the whole file, for the tag may stand at its end. It seldom does.
         end = file_end(picture.filename)
-        if not any(mark in end for mark in PNG_ORIENTATION.values()):
+        if not any(key in picture.info or mark in end for key, mark in PNG_ORIENTATION.items()):
             return stored
+        picture = open_image(picture.filename)
     sideways = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
     return stored[::-1] if turn_of(picture) in sideways else stored
 

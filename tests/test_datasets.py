@@ -192,6 +192,18 @@ def test_headers_tell_the_size_of_the_upright_image(tmp_path, kind, at_the_end):
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged tags
+@pytest.mark.parametrize("kind", ["png", "ImageMagick.png", "Adobe.png"])
+def test_cut_file_with_an_orientation_is_named(tmp_path, kind):
+    """Headers alone do not tell, or tell that it is cut; reading it does."""
+    path, rng = tmp_path / "a.png", np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    noise.save(path, **ORIENTATIONS[kind](6))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    dataset = SegmentationDataset([(str(path), None)], Labels(["a"], [(0, 0, 0)]))
+    (fault,) = dataset.drop_bad() or dataset.drop_bad(decode=True)
+    assert fault.startswith(f"cannot read {path}: ")
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
 def test_damaged_exif_does_not_spoil_the_image(tmp_path, kind):
     path, rng = tmp_path / f"a.{kind}", np.random.default_rng(0)
