@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from deeplab import to_rgb, upright
-from images import check_sizes, header_sizes, open_image
-from lists import Pairs, find_samples, read_list
-from masks import COLOR_MODES, Labels, describe_pixels, read_classes
-from pictures import Palette, save_image, save_mask, voc_palette
-from shapes import draw_shapes
+from files.images import check_sizes, header_sizes, open_image
+from files.lists import Pairs, find_samples, read_list
+from files.masks import COLOR_MODES, Labels, describe_pixels, read_classes
+from files.pictures import Palette, save_image, save_mask, voc_palette
+from files.shapes import draw_shapes
 from utils import IGNORE_INDEX, UserError, ahead, end_if_stopped, outlive_stop_signals, progress, read_lines
 
 VOC_CLASSES = [

@@ -24,21 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import check
 import datasets
 import deeplab
-import export
-import pictures
-import plots
-import prediction
 import processes
-import runs
 import utils
+from commands import check, export
+from commands import predict as prediction
+from commands.download import download_all
+from commands.evaluate import ImageResult, evaluate
+from commands.flags import parse_args
 from datasets import SegmentationDataset
 from deeplab import DeepLabv3, ModelError
-from downloads import download_all
-from evaluation import ImageResult, evaluate
-from flags import parse_args
+from files import pictures, plots, runs
 from utils import IGNORE_INDEX, LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
 
 FEW_SHAPES = 16  # of batches in evaluation: to tune the convs for each, or to compile

@@ -30,10 +30,10 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 
 import deeplab
 import main
+from commands.evaluate import evaluate
 from datasets import VOC_CLASSES, SegmentationDataset
-from evaluation import evaluate
-from masks import Labels
-from pictures import voc_palette
+from files.masks import Labels
+from files.pictures import voc_palette
 from utils import confusion_matrix
 
 SIZE = 513  # of crops and of padded images

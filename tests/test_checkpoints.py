@@ -12,7 +12,7 @@ from test_runs import two_groups
 
 import deeplab
 import main
-from runs import Length, load_progress
+from files.runs import Length, load_progress
 
 
 class Program:

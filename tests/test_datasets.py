@@ -22,9 +22,9 @@ from datasets import (
     load_batches,
     random_crop,
 )
-from images import open_image
-from masks import Labels
-from pictures import voc_palette
+from files.images import open_image
+from files.masks import Labels
+from files.pictures import voc_palette
 from utils import UserError
 
 

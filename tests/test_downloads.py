@@ -18,12 +18,12 @@ import pytest
 from torchvision.models import get_model_weights
 
 import deeplab
-import downloads
 import utils
+from commands import download as downloads
+from commands.download import DOWNLOADS, Download, download, fetch, mirrored
 from datasets import VOCSegmentation
-from downloads import DOWNLOADS, Download, download, fetch, mirrored
-from lists import make_voc_lists
-from pictures import save_mask
+from files.lists import make_voc_lists
+from files.pictures import save_mask
 from utils import UserError
 
 DATA = np.random.RandomState(0).bytes(300_001)

@@ -27,11 +27,11 @@ from conftest import (
 from PIL import Image
 
 import deeplab
-import plots
+from commands.evaluate import evaluate
 from datasets import CITYSCAPES_CLASSES, Cityscapes, ListSegmentation, SegmentationDataset
-from evaluation import evaluate
-from masks import Labels
-from pictures import voc_palette
+from files import plots
+from files.masks import Labels
+from files.pictures import voc_palette
 from utils import confusion_matrix
 
 

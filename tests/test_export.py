@@ -12,7 +12,7 @@ from onnxruntime import InferenceSession
 from PIL import Image
 
 import deeplab
-import export
+from commands import export
 
 writes_onnx = pytest.mark.skipif(
     torch.__version__.startswith("2.6."), reason="torch 2.6 cannot write these networks as ONNX"

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from commands.flags import parse_args
 from datasets import SegmentationDataset, TrainBatches, random_crop
-from flags import parse_args
-from lists import read_list
-from masks import IGNORE, Labels, read_classes
-from pictures import voc_palette
+from files.lists import read_list
+from files.masks import IGNORE, Labels, read_classes
+from files.pictures import voc_palette
 from utils import UserError, confusion_matrix, metrics
 
 settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,9 +9,9 @@ from conftest import one_line, spoil
 from PIL import Image
 
 from datasets import ListSegmentation, SegmentationDataset, Shapes
-from images import header_sizes
-from lists import Pairs, common_suffix, find_samples
-from masks import Labels
+from files.images import header_sizes
+from files.lists import Pairs, common_suffix, find_samples
+from files.masks import Labels
 from utils import UserError
 
 

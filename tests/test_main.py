@@ -15,7 +15,7 @@ from PIL import Image
 
 import deeplab
 import main
-from flags import make_parser, parse_args
+from commands.flags import make_parser, parse_args
 from utils import UserError
 
 MAIN = Path(main.__file__)
@@ -178,7 +178,7 @@ def test_device_on_a_machine_with_gpus(monkeypatch, flags, world, name):
     def refuse(*args, device):
         raise RuntimeError(f"asked for {device}")
 
-    for module in (main, sys.modules["flags"]):
+    for module in (main, sys.modules["commands.flags"]):
         monkeypatch.setattr(module, "WORLD", world)
     monkeypatch.setattr(main, "LOCAL_RANK", world - 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -188,7 +188,7 @@ def test_device_on_a_machine_with_gpus(monkeypatch, flags, world, name):
 
 
 def test_gpus_of_torchrun_cannot_be_picked(monkeypatch, capsys):
-    monkeypatch.setattr(sys.modules["flags"], "WORLD", 2)
+    monkeypatch.setattr(sys.modules["commands.flags"], "WORLD", 2)
     for flags in (["--device", "cuda:1"], ["--gpu", "1"]):
         with pytest.raises(SystemExit):
             parse_args(["--exp", "x", *flags])

@@ -11,8 +11,8 @@ from PIL import Image
 
 import deeplab
 from datasets import ListSegmentation, load_batches
-from images import open_image
-from masks import Labels, describe_pixels, read_classes
+from files.images import open_image
+from files.masks import Labels, describe_pixels, read_classes
 from utils import UserError
 
 

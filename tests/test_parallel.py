@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import deeplab
 import main
-from flags import parse_args
+from commands.flags import parse_args
 from utils import UserError
 
 FLAGS = ["--groups", 32, "--weight_std", "--aspp_rates", 6, "--no_image_pooling"]

@@ -13,7 +13,7 @@ from conftest import bomb, one_line, spoil
 from PIL import Image
 
 import deeplab
-import prediction
+from commands import predict as prediction
 from utils import confusion_matrix, metrics
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 import deeplab
 import main
-import plots
 from datasets import SegmentationDataset
-from runs import Best, Length, Place, Run, RunLog, load_progress
+from files import plots
+from files.runs import Best, Length, Place, Run, RunLog, load_progress
 from utils import STOP_SIGNALS, UserError, end_if_stopped, stop_signals
 
 fcntl, resource = pytest.importorskip("fcntl"), pytest.importorskip("resource")  # not on Windows

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pictures import save_mask, voc_palette
+from files.pictures import save_mask, voc_palette
 from utils import UserError, confusion_matrix, metrics, write_whole
 
 

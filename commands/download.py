@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from lists import make_voc_lists
+from files.lists import make_voc_lists
 from utils import UserError, end_if_stopped, progress
 
 TRIES, PAUSE, TIMEOUT = 5, 1.0, 30.0  # of a download: requests, seconds between them, seconds of silence

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets import SegmentationDataset, load_batches
 from deeplab import DeepLabv3, autocast
-from pictures import sample_row, sample_sheet
+from files.pictures import sample_row, sample_sheet
 from utils import (
     IGNORE_INDEX,
     RANK,

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from PIL import ExifTags, Image
 
 from deeplab import TURNS, turn_of
-from lists import Pairs
+from files.lists import Pairs
 from utils import UserError, ahead, outlive_stop_signals
 
 

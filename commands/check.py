@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from datasets import DATASETS, SegmentationDataset
-from pictures import sample_row, sample_sheet, save_image
+from files.pictures import sample_row, sample_sheet, save_image
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
 MOST_ROWS = 40  # of the picture

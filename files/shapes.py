@@ -8,7 +8,7 @@ import tempfile
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pictures import save_mask
+from files.pictures import save_mask
 
 
 def ring(count: int) -> np.ndarray:

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from deeplab import DeepLabv3, autocast, enlarge, to_pixels, to_rgb
-from images import header_sizes, open_image
-from lists import Pairs, is_image_name
-from pictures import add_legend, overlay, save_image, save_mask
+from files.images import header_sizes, open_image
+from files.lists import Pairs, is_image_name
+from files.pictures import add_legend, overlay, save_image, save_mask
 from utils import UserError, ahead, end_if_stopped, progress, save_csv
 
 

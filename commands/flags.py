@@ -5,8 +5,8 @@ import math
 import os
 
 import deeplab
+from commands.download import DOWNLOADS
 from datasets import DATASETS
-from downloads import DOWNLOADS
 from utils import RANK, WORLD
 
 # What --dataset shapes sets unless a flag says otherwise: a run of minutes on a CPU.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from pictures import Palette, voc_palette
+from files.pictures import Palette, voc_palette
 from utils import IGNORE_INDEX, UserError, read_lines
 
 MAX_CLASSES = 255  # a label is a byte, of which IGNORE_INDEX is one value
