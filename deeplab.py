@@ -1,36 +1,63 @@
 """DeepLabv3 (Chen et al. 2017, https://arxiv.org/abs/1706.05587) on torchvision's ResNet.
 
-Reads from layer to model: weight-standardised convolution, ASPP, DeepLabv3, the three builders, the ImageNet
-start, checkpoints. The parameter names are those of the published checkpoints.
+Reads from layer to model: weight-standardised convolution, ASPP, DeepLabv3, and what builds one from ImageNet
+weights or from a checkpoint. The parameter names are those of the published checkpoints.
 """
 
 import copy
 import os
-import pickle
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from urllib.error import URLError
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.models import get_model_weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from files import checkpoints
+from files.images import enlarge, read_image, shrink, to_rgb
+from utils import IGNORE_INDEX, UserError
+
 LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
-IMAGENET_GN_WS = "R-101-GN-WS.pth.tar"  # ResNet-101 with GN+WS, from the Weight Standardization authors
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
 TRUNK_MOMENTUM, ASPP_MOMENTUM = 0.05, 0.0003  # of BatchNorm's running statistics
 PAPER_ITERATIONS = 30_000
+# The norm behind each conv of a block; a block may lack one of them.
+BOTTLENECK_NORMS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "downsample.0": "downsample.1"}
 
 
-class ModelError(ValueError):
-    """Model options, weights or a checkpoint that cannot be used; the message is one line for the user."""
+class Inference(NamedTuple):
+    """How a trained network is applied to images.
+
+    Args:
+        scales: average the softmax scores over these sizes of the image, relative to its own.
+        flip: average them over the mirrored image, too.
+        amp: number format of the convs, as for `autocast`.
+        batch_size: images in one forward pass.
+        max_side: a photo with a longer side is predicted at this size; bounds the memory.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    amp: str | None = None
+    batch_size: int = 4
+    max_side: int = 2049
+
+
+ONE_PASS = Inference()
+
+
+def autocast(device: torch.device, amp: str | None) -> AbstractContextManager:
+    """The number format of convs: bfloat16 or float16 for "bf16" or "fp16", else float32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    # Without need no block is entered: torch 2.6 cannot export one.
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def standardize(weight: Tensor) -> Tensor:
@@ -89,7 +116,14 @@ class ASPP(nn.Module):
     num_classes, H, W).
     """
 
-    def __init__(self, in_channels, num_classes, rates, image_pooling, norm_layer):
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        rates: Sequence[int],
+        image_pooling: bool,
+        norm_layer: Callable[[int], nn.Module],
+    ):
         super().__init__()
         self.image_pooling = image_pooling
         convs = [nn.Conv2d(in_channels, 256, 1, bias=False)]
@@ -105,6 +139,8 @@ class ASPP(nn.Module):
         self.conv2 = nn.Conv2d(256 * self.num_branches, 256, 1, bias=False)
         self.bn2 = norm_layer(256)
         self.conv3 = nn.Conv2d(256, num_classes, 1)
+        self.norms = {f"aspp{i}": f"aspp{i}_bn" for i in range(1, self.num_branches + 1)}
+        self.norms |= {"conv2": "bn2", "conv3": None}  # the norm behind each conv
 
     def forward(self, x: Tensor) -> Tensor:
         branches = []
@@ -117,27 +153,19 @@ class ASPP(nn.Module):
 
 
 def check_options(backbone, num_classes, num_groups, output_stride, multi_grid, aspp_rates) -> None:
-    """Raises:
-    ModelError: for an option of `DeepLabv3` that has no meaning; the message names the flag.
-    """
+    """Raises UserError for an option of `DeepLabv3` that has no meaning; the message names the flag."""
     if backbone not in LAYERS:
-        raise ModelError(f"--backbone {backbone}: choose one of {', '.join(LAYERS)}")
+        raise UserError(f"--backbone {backbone}: choose one of {', '.join(LAYERS)}")
     if not 1 <= num_classes <= 255:
-        raise ModelError(f"{num_classes} classes: a mask of bytes with 255 to ignore can hold 1 to 255")
+        raise UserError(f"{num_classes} classes: a mask of bytes with 255 to ignore can hold 1 to 255")
     if num_groups and (num_groups < 1 or 64 % num_groups):
-        raise ModelError(f"--groups {num_groups} does not divide all widths: use 1, 2, 4, 8, 16, 32 or 64")
+        raise UserError(f"--groups {num_groups} does not divide all widths: use 1, 2, 4, 8, 16, 32 or 64")
     if output_stride not in (8, 16, 32):
-        raise ModelError(f"--output_stride {output_stride}: choose 8, 16 or 32")
+        raise UserError(f"--output_stride {output_stride}: choose 8, 16 or 32")
     if len(multi_grid) != 3 or min(multi_grid) < 1:
-        raise ModelError("--multi_grid takes three positive rates, one for each block of layer4: 1 2 4")
+        raise UserError("--multi_grid takes three positive rates, one for each block of layer4: 1 2 4")
     if not aspp_rates or min(aspp_rates) < 1 or any(rate * 16 % output_stride for rate in aspp_rates):
-        raise ModelError("--aspp_rates are positive, and even at --output_stride 32, where they are halved")
-
-
-def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """The number format of convs: bfloat16 or float16 for "bf16" or "fp16", else float32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+        raise UserError("--aspp_rates are positive, and even at --output_stride 32, where they are halved")
 
 
 class DeepLabv3(ResNet):
@@ -157,7 +185,7 @@ class DeepLabv3(ResNet):
         image_pooling: whether ASPP has its image-level branch.
 
     Raises:
-        ModelError: for an option that has no meaning; the message names the flag.
+        UserError: for an option that has no meaning; the message names the flag.
     """
 
     def __init__(
@@ -259,33 +287,33 @@ class DeepLabv3(ResNet):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return F.interpolate(self.aspp(x).to(dtype), size, mode="bilinear", align_corners=True)
 
-    def scores(
-        self, x: Tensor, scales: Sequence[float] = (1.0,), flip: bool = False, softmax: bool = False
-    ) -> Tensor:
-        """What to take the argmax of: the logits, or the softmax scores averaged over `scales` and left-right
-        `flip`, or those of a single pass with `softmax`.
+    def scores(self, x: Tensor, inference: Inference = ONE_PASS, softmax: bool = False) -> Tensor:
+        """What to take the argmax of: the logits, or the softmax scores averaged over several passes, or
+        those of a single pass with `softmax`.
 
         Takes normalised images (N, 3, H, W), gives (N, num_classes, H, W) (paper, section 4.1).
         """
-        if list(scales) == [1.0] and not flip and not softmax:
-            return self(x)
-        stride, total, passes = self.config["output_stride"], 0, len(scales) * (2 if flip else 1)
-        for scale in scales:
-            size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
-            scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=True)
-            total = total + self(scaled, x.shape[2:]).softmax(1)
-            if flip:
-                total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
-        return total / passes
+        scales, flip = inference.scales, inference.flip
+        with autocast(x.device, inference.amp):
+            if list(scales) == [1.0] and not flip and not softmax:
+                return self(x)
+            stride, total = self.config["output_stride"], 0
+            for scale in scales:
+                size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
+                scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=True)
+                total = total + self(scaled, x.shape[2:]).softmax(1)
+                if flip:
+                    total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
+        return total / (len(scales) * (2 if flip else 1))
 
-    def segment(self, images: Tensor, *options, **more_options) -> Tensor:
-        """The `scores`, with its options, of uint8 images (N, 3, H, W): they are normalised, padded to the
-        output stride, and what was padded is cut off again."""
+    def segment(self, images: Tensor, inference: Inference = ONE_PASS, softmax: bool = False) -> Tensor:
+        """The `scores` of uint8 images (N, 3, H, W): they are normalised, padded to the output stride, and
+        what was padded is cut off again."""
         stride = self.config["output_stride"]
         # In these operations, and the cut not a slice, so that torch.export takes any size.
         below, right = ((side + stride - 2) // stride * stride + 1 - side for side in images.shape[2:])
         x = F.pad((images - self.pixel_mean) / self.pixel_std, [0, right, 0, below])
-        scores = self.scores(x.contiguous(memory_format=self.memory_format), *options, **more_options)
+        scores = self.scores(x.contiguous(memory_format=self.memory_format), inference, softmax)
         return F.pad(scores, [0, -right, 0, -below])
 
     @torch.inference_mode()
@@ -297,24 +325,20 @@ class DeepLabv3(ResNet):
         max_side: int = 2049,
     ) -> np.ndarray:
         """Segment one image: a PIL image of any mode and size, turned as its EXIF orientation says, the path
-        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey.
-
-        An image with a side longer than `max_side` is predicted at that size and the labels are enlarged,
-        which bounds the memory.
+        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey. Options as for `Inference`.
 
         Returns:
             uint8 labels (H, W), of the turned image's size.
 
         Raises:
-            OSError: if the file cannot be read.
+            UserError: if the file cannot be read.
         """
         if isinstance(image, str | os.PathLike):
-            with Image.open(image) as file:
-                image = to_rgb(file)
+            image = read_image(os.fspath(image))
         image = to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-        pixels = to_pixels(image, max_side)[None].to(self.pixel_mean.device)
-        labels = self.segment(pixels, scales, flip)[0].argmax(0).byte().cpu().numpy()
-        return enlarge(labels, image.size)
+        pixels = torch.from_numpy(np.array(shrink(image, max_side))).permute(2, 0, 1)[None]
+        scores = self.segment(pixels.to(self.pixel_mean.device), Inference(scales, flip))
+        return enlarge(scores[0].argmax(0).byte().cpu().numpy(), image.size)
 
     def train(self, mode: bool = True) -> "DeepLabv3":
         super().train(mode)
@@ -340,20 +364,36 @@ class DeepLabv3(ResNet):
         itself stays as it is.
         """
         model = copy.deepcopy(self).eval().requires_grad_(False)
-        convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-        for conv in convs:
+        norms = model.norms()
+        for name, conv in [item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)]:
             if isinstance(conv, WSConv2d):
                 conv.weight = nn.Parameter(standardize(conv.weight), requires_grad=False)
                 conv.__class__ = nn.Conv2d
-        # Convs and norms stand in the same order. No norm follows the first two convs of the stem of --beta,
-        # nor the classifier, which comes last.
-        norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-        for conv, (name, bn) in zip(convs[2 if self.config["beta"] else 0 :], norms, strict=False):
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
-            model.set_submodule(name, nn.Identity())
+            norm = norms[name] and model.get_submodule(norms[name])  # an error for a conv that nobody names
+            if isinstance(norm, _BatchNorm):
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight,
+                    conv.bias,
+                    norm.running_mean,
+                    norm.running_var,
+                    norm.eps,
+                    norm.weight,
+                    norm.bias,
+                )
+                model.set_submodule(norms[name], nn.Identity())
         return model
+
+    def norms(self) -> dict[str, str | None]:
+        """The name of the norm behind each conv, or None where a conv or a ReLU follows, or nothing."""
+        norms = (
+            {"conv1.0": None, "conv1.1": None, "conv1.2": "bn1"} if self.config["beta"] else {"conv1": "bn1"}
+        )
+        parts = [
+            (f"{name}.", BOTTLENECK_NORMS) for name, m in self.named_modules() if isinstance(m, Bottleneck)
+        ]
+        for prefix, pairs in [*parts, ("aspp.", self.aspp.norms)]:
+            norms |= {prefix + conv: norm and prefix + norm for conv, norm in pairs.items()}
+        return norms
 
     def fit_bn_momentum(self, max_iter: int) -> None:
         """Fit the memory of BatchNorm's running statistics to a run of `max_iter` iterations.
@@ -370,55 +410,27 @@ class DeepLabv3(ResNet):
                 module.momentum = min(1.0, max(momentum, ASPP_MOMENTUM * PAPER_ITERATIONS / max_iter))
 
 
-# What shows a stored image upright, by its EXIF orientation.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+class CrossEntropy(nn.Module):
+    """The mean cross-entropy of the labelled pixels, in a form that lets a batch be split: the sum over the
+    pixels of a part, and the total of the whole batch by which the sums are divided.
 
+    With `class_weights` (num_classes,) it is the weighted mean, as torch's own loss.
+    """
 
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What shows an image upright; None for nothing, or if its EXIF is damaged, which viewers ignore, too."""
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (SyntaxError, TypeError, ValueError, struct.error):
-        return None
+    def __init__(self, class_weights: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("class_weights", class_weights)
 
+    def total(self, masks: Tensor) -> Tensor:
+        """The number of labelled pixels in masks (N, H, W), or the sum of their weights."""
+        if self.class_weights is None:
+            return (masks != IGNORE_INDEX).sum()
+        return F.pad(self.class_weights, (0, 256 - len(self.class_weights)))[masks.int()].sum()
 
-def upright(image: Image.Image) -> Image.Image:
-    """An image, turned as its EXIF orientation says."""
-    # Not ImageOps.exif_transpose: that writes the EXIF anew, and fails if another tag of it is damaged.
-    image.load()  # which turns a TIFF
-    turn = turn_of(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, upright, transparency on white."""
-    image = upright(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, whatever Pillow's version calls them
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image, max_side: int) -> Tensor:
-    """An RGB image as uint8 (3, H, W), shrunk so that no side is longer than `max_side`."""
-    shrink = min(1.0, max_side / max(image.size))
-    small = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
-
-
-def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 labels (H, W) at the (width, height) that the image had before `to_pixels`."""
-    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """The sum over the pixels of logits (N, num_classes, H, W) and masks uint8 (N, H, W)."""
+        options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
+        return F.cross_entropy(logits, masks.long(), self.class_weights, **options)
 
 
 def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
@@ -426,7 +438,7 @@ def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
     `DeepLabv3`."""
     model = DeepLabv3(backbone, *args, **kwargs)
     if pretrained:
-        load_imagenet(model)
+        checkpoints.load_imagenet(model)
     return model
 
 
@@ -434,254 +446,24 @@ def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
 resnet50, resnet101, resnet152 = (partial(build, backbone) for backbone in LAYERS)
 
 
-def load_imagenet(model: DeepLabv3) -> None:
-    """Start the trunk from ImageNet: torchvision's weights for BN, `data/R-101-GN-WS.pth.tar` for GN+WS.
-
-    torchvision's file is looked for in `data/`, then in torch.hub's cache, then downloaded there and its hash
-    checked.
-
-    Raises:
-        ModelError: if there are no such weights, they cannot be had, or a tensor of the trunk is not among
-        them.
-    """
-    config = model.config
-    if bool(config["num_groups"]) != config["weight_std"]:
-        raise ModelError(
-            "only BN and GN+WS have an ImageNet start: give both of --groups and --weight_std, or --scratch"
-        )
-    if config["weight_std"]:
-        if config["backbone"] != "resnet101":
-            raise ModelError(
-                f"GN+WS has an ImageNet start for resnet101 only, not {config['backbone']}: add --scratch"
-            )
-        path = os.path.join("data", IMAGENET_GN_WS)
-        if not os.path.exists(path):
-            raise ModelError(
-                f"{path} is missing: `python main.py --download gn_ws_imagenet`, or add --scratch"
-            )
-        source = read_checkpoint(path)["state_dict"]
-    else:
-        url = get_model_weights(config["backbone"]).IMAGENET1K_V1.url
-        path = os.path.join("data", os.path.basename(url))
-        folder = "data" if os.path.exists(path) else None  # None is torch.hub's cache
-        try:
-            source = torch.hub.load_state_dict_from_url(
-                url, model_dir=folder, map_location="cpu", check_hash=True, weights_only=True
-            )
-        except (OSError, URLError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(
-                f"cannot get {url} ({reason}): put that file at {path}, or add --scratch"
-            ) from error
-
-    # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
-    fresh = ("aspp.", "conv1.") if config["beta"] else "aspp."
-    trunk = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if not key.startswith(fresh) and not key.endswith("num_batches_tracked")
-    }
-    lacking = [key for key, tensor in trunk.items() if key not in source or source[key].shape != tensor.shape]
-    if lacking:
-        raise ModelError(
-            f"{path}: {len(lacking)} of the trunk's {len(trunk)} tensors are not in it, {lacking[0]} first"
-        )
-    model.load_state_dict({key: source[key] for key in trunk}, strict=False)
-
-
-def read_checkpoint(path: str) -> dict:
-    """Read a checkpoint as data: nothing in it is executed.
-
-    Returns the file's dict; its `state_dict` (the whole dict where the file is a flat one) has names without
-    the prefix `module.`. Reads torch's zip format and the legacy one of the published files.
-
-    Raises:
-        ModelError: if the file cannot be read, is no checkpoint, or would run code.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ModelError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():
-            raise ModelError(
-                f"{path} is refused: it is a pickle that names code, not only tensors"
-            ) from error
-        raise ModelError(f"{path} is not a PyTorch checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        # What torch.load raises on a damaged file depends on where the damage lies.
-        raise ModelError(f"{path} is damaged or not a PyTorch checkpoint: fetch or write it again") from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
-        raise ModelError(f"{path} holds no state_dict of tensors")
-    config, classes = checkpoint.get("model", {}), checkpoint.get("classes", [])
-    if not isinstance(config, dict) or any(isinstance(value, Tensor) for value in config.values()):
-        raise ModelError(f"{path} does not say what model it holds")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ModelError(f"{path} does not name its classes")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
-
-
-def published(checkpoint: dict) -> bool:
-    """Whether a checkpoint is in the published format, which does not tell its model, and not one of ours."""
-    return "model" not in checkpoint
-
-
-def read_config(checkpoint: dict, path: str) -> dict:
-    """The arguments of `DeepLabv3` that a checkpoint of `read_checkpoint` was trained with.
-
-    Our checkpoints name them under `model`. For a published one they follow from the names and shapes; what
-    these do not show (the number of groups, the rates) is as published: GN comes as 32 groups with weight
-    standardisation.
-
-    Raises:
-        ModelError: if these are not the weights of a DeepLabv3.
-    """
-    if not published(checkpoint):
-        return checkpoint["model"]
-    state = checkpoint["state_dict"]
-    blocks = len({key.split(".")[1] for key in state if key.startswith("layer3.")})
-    backbone = next((name for name, layers in LAYERS.items() if layers[2] == blocks), None)
-    kernels = []
-    while f"aspp.aspp{len(kernels) + 1}.weight" in state:
-        kernels.append(state[f"aspp.aspp{len(kernels) + 1}.weight"].shape[-1])
-    if backbone is None or kernels[:2] != [1, 3] or "aspp.conv3.weight" not in state:
-        raise ModelError(
-            f"{path} does not hold the weights of a DeepLabv3 (layer1 to layer4 of a ResNet, and aspp)"
-        )
-    group_norm = "bn1.running_mean" not in state
-    return {
-        "backbone": backbone,
-        "num_classes": state["aspp.conv3.weight"].shape[0],
-        "num_groups": 32 if group_norm else None,
-        "weight_std": group_norm,
-        "beta": "conv1.0.weight" in state,
-        "aspp_rates": [6 * (i + 1) for i in range(kernels.count(3))],
-        "image_pooling": kernels[-1] == 1,
-    }
-
-
-def differing_flags(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
-    """The flags in which `model` differs from the model of a checkpoint, with both values.
-
-    The output stride may differ: no weight depends on it. Of a published checkpoint's groups and atrous rates
-    only their presence and their number are known, and of weight standardisation nothing.
-
-    Raises:
-        ModelError: as `read_config`.
-    """
-    flags = {
-        "num_groups": "groups",
-        "num_classes": "dataset (number of classes)",
-        "image_pooling": "no_image_pooling",
-    }
-    saved, known, unknown = read_config(checkpoint, path), {}, {"output_stride"}
-    if published(checkpoint):
-        known, unknown = {"num_groups": bool, "aspp_rates": len}, {"output_stride", "weight_std"}
-    differing = []
-    for key in saved.keys() - unknown:
-        value, expected = saved[key], model.config.get(key)
-        shown = known.get(key, lambda value: value)
-        if shown(value) != shown(expected):
-            differing.append(f"--{flags.get(key, key)} (checkpoint: {value}, here: {expected})")
-    return sorted(differing)
-
-
-def load_weights(model: DeepLabv3, checkpoint: dict, path: str) -> None:
-    """Load a checkpoint of `read_checkpoint` into `model`, all of it.
-
-    `num_batches_tracked` may be absent, as in some published files.
-
-    Raises:
-        ModelError: if the checkpoint is of another model (naming the flags that differ), or is damaged.
-    """
-    if differing := differing_flags(model, checkpoint, path):
-        raise ModelError(f"{path} was trained with other flags: {', '.join(differing)}")
-    state, expected = checkpoint["state_dict"], model.state_dict()
-    for key, tensor in expected.items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, tensor)
-        elif key not in state or state[key].shape != tensor.shape:
-            found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
-            raise ModelError(f"{path}: {key} {found}, expected {tuple(tensor.shape)}")
-        elif not state[key].is_floating_point():
-            raise ModelError(f"{path}: {key} is of type {state[key].dtype}, expected {tensor.dtype}")
-        elif not state[key].isfinite().all():
-            raise ModelError(f"{path}: {key} holds values that are not finite")
-    unknown = [key for key in state if key not in expected]
-    if unknown:
-        raise ModelError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
-    model.load_state_dict(state)
-
-
-def init_weights(model: DeepLabv3, checkpoint: dict, path: str) -> list[str]:
-    """Start from a checkpoint of another number of classes: load all but the classifier, or all where it
-    fits.
-
-    Returns the names that were left out.
-
-    Raises:
-        ModelError: as `load_weights`.
-    """
-    state, own = dict(checkpoint["state_dict"]), model.state_dict()
-    classifier = ("aspp.conv3.weight", "aspp.conv3.bias")
-    left_out = [key for key in classifier if key in state and state[key].shape != own[key].shape]
-    state.update({key: own[key] for key in left_out})
-    checkpoint = {**checkpoint, "state_dict": state}
-    if not published(checkpoint):
-        checkpoint["model"] = {**checkpoint["model"], "num_classes": model.config["num_classes"]}
-    load_weights(model, checkpoint, path)
-    return left_out
-
-
 def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:
-    """The model of a checkpoint of `read_checkpoint`; `classes` and `palette` are None for a published one.
+    """The model of a checkpoint of `checkpoints.read`; `classes` and `palette` are None for a published one.
 
-    `options` are arguments of `DeepLabv3`: what a published checkpoint does not show, or another
-    `output_stride`.
-
-    Raises:
-        ModelError: if the checkpoint cannot be used, or was trained with other options.
-    """
+    `options` are arguments of `DeepLabv3`: what a published checkpoint does not tell, or another
+    `output_stride`. Raises UserError if the checkpoint cannot be used, or was trained with other options."""
     try:
-        model = DeepLabv3(**{**read_config(checkpoint, path), **options})
-    except ModelError:
+        model = DeepLabv3(**{**checkpoints.model_config(checkpoint, path), **options})
+    except UserError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} does not say what model it holds") from error
-    load_weights(model, checkpoint, path)
-    if not published(checkpoint):
-        try:
-            model.classes = checkpoint["classes"]
-            model.palette = np.array(checkpoint["palette"], np.uint8).reshape(len(model.classes), 3).tolist()
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ModelError(f"{path} does not name its classes and their colours") from error
+        raise UserError(f"{path} does not say what model it holds") from error
+    checkpoints.load_weights(model, checkpoint, path)
+    model.classes, model.palette = checkpoints.classes(checkpoint, path)
     return model
 
 
-def load(path: str, device: torch.device | str = "cpu", **options) -> DeepLabv3:
-    """The model of a checkpoint file on a device, in eval mode; `options` as for `from_checkpoint`.
-
-    Raises:
-        ModelError: as `read_checkpoint` and `from_checkpoint`.
-    """
-    return from_checkpoint(read_checkpoint(path), path, **options).place(device).eval()
-
-
-def to_checkpoint(model: DeepLabv3) -> dict:
-    """The entries of a checkpoint from which `load` makes the model again.
-
-    `state_dict` has the names of the published format, whose other entries `epoch` and `optimizer` are the
-    training's.
-    """
-    return {
-        "state_dict": {f"module.{key}": tensor for key, tensor in model.state_dict().items()},
-        "model": model.config,
-        "classes": list(model.classes),
-        "palette": [list(color) for color in model.palette],
-    }
+def load(path: str | os.PathLike, device: torch.device | str = "cpu", **options) -> DeepLabv3:
+    """The model of a checkpoint file on a device, in eval mode; `options` as for `from_checkpoint`. Raises
+    UserError if the file cannot be read or used."""
+    path = os.fspath(path)
+    return from_checkpoint(checkpoints.read(path), path, **options).place(device).eval()

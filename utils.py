@@ -1,94 +1,55 @@
-"""Errors, stop signals, files that are whole or absent, measures: what the other modules share."""
+"""Errors, what is printed, stop signals, the processes of torchrun.
 
-import csv
-import io
-import json
+torch is imported only where it is needed: flags and downloads do without it, and it takes seconds.
+"""
+
+import multiprocessing
 import os
 import signal
-import threading
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import BinaryIO, TextIO
+from traceback import clear_frames, format_exception
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import device
 
 IGNORE_INDEX = 255
 # Set by torchrun: the number of this process, of all, on this machine. Rank 0 prints and writes files.
 RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
-noted_signals: list[int] = []  # the stop signals that have come
+MESSAGE_LIMIT = 2000  # characters of an error message: a list can hold a line of megabytes
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message is one line that says what and how."""
+    """An error that the user can mend; the message is one line: the file or the flag, and what to do."""
 
     def __init__(self, message: str):
         # A loader's worker hands on its whole traceback as the message, which ends with the message proper.
         message = message.rpartition("utils.UserError: ")[2]
-        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+        message = escape(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+        if len(message) > MESSAGE_LIMIT:
+            message = f"{message[: MESSAGE_LIMIT // 2]} ... {message[-MESSAGE_LIMIT // 2 :]}"
+        super().__init__(message)
 
 
-class Stopped(Exception):
-    """A stop signal ended the command. The message, if any, says how to go on."""
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """Within this context a stop signal is noted, and whoever works in a loop looks at it.
-
-    The handler does no more: what it raised could get lost in a callback of Python's, or cut a write in two.
-    A second signal ends the process at once; but torchrun passes on what its processes have had from the
-    terminal, so there it does not. A signal that is ignored already stays so (`nohup`).
-    """
-
-    def note(number: int, frame) -> None:
-        noted_signals.append(number)
-        if WORLD == 1:
-            for each in before:
-                signal.signal(each, signal.SIG_DFL)
-
-    noted_signals.clear()
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def end_if_stopped() -> None:
-    """Raises:
-    Stopped: if a stop signal has come.
-    """
-    if noted_signals:
-        raise Stopped
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """In a worker of a loader: a terminal or a cluster sends signals to all processes, but the main one still
-    has an iteration to end and a checkpoint to write, for which there are 30 seconds."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+def escape(text: str) -> str:
+    """The text with its control characters escaped, which could move the cursor of a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\r\t" else ascii(c)[1:-1] for c in text)
 
 
 class Output:
-    """A standard stream that nobody need read: once it cannot be written, what it is given is dropped.
+    """stdout or stderr that drops its output once its pipe or terminal is closed.
 
-    So a closed pipe or a lost terminal does not end a training run, and characters that the stream cannot
-    encode are escaped.
+    So neither ends a training run. Characters that the stream cannot encode are escaped.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -101,7 +62,8 @@ class Output:
 
     def write(self, text: str) -> int:
         try:
-            return self.stream.write(text)
+            # stderr is tqdm's, which moves the cursor; an error message is escaped already.
+            return self.stream.write(escape(text) if self is sys.stdout else text)
         except OSError:
             self.drop()
             return len(text)
@@ -118,158 +80,163 @@ class Output:
             os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
-def progress(items: Iterable, what: str, total: int, unit: str = "img") -> Iterator:
-    """The items, with a bar on the terminal once they have taken two seconds, or, where the output is no
-    terminal, a line every 30 seconds.
-
-    Raises:
-        Stopped: if a stop signal has come.
-    """
-    said = time.perf_counter()
-    hide = True if RANK else None  # None: where the output is no terminal
-    with tqdm(
-        total=total, desc=what, unit=unit, delay=2, disable=hide, leave=False, dynamic_ncols=True
-    ) as bar:
-        for done, item in enumerate(items, 1):
-            end_if_stopped()
-            yield item
-            bar.update()
-            if bar.disable and time.perf_counter() - said > 30:
-                said = time.perf_counter()
-                print(f"{what}: {done} of {total}", flush=True)
-
-
-def ahead(pool: Executor, function: Callable, items: Iterable, most: int = 16) -> Iterator:
-    """`function` of each item in their order; the pool computes at most `most` of them before their turn."""
-    pending: deque[Future] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > most:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def write_whole(path: str, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write(file)` make a file that appears at `path` only when it is whole and on the disk.
-
-    A kill at any moment leaves the old file or the new one.
-
-    Raises:
-        UserError: if the file cannot be written; what stood at `path` before is untouched.
-    """
-    temporary = f"{path}.{os.getpid()}.{threading.get_native_id()}.tmp"  # two may write at once
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
-    except (OSError, RuntimeError) as error:
-        # After a write that failed, torch.save fails once more, in its own way, as it closes the archive.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
-
-
-def read_lines(path: str, remedy: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers from 1.
-
-    Raises:
-        UserError: if there are none, or the file cannot be read.
-    """
-    empty = True
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    empty = False
-                    yield number, line.rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {path} ({getattr(error, 'strerror', 'not UTF-8')}): {remedy}"
-        ) from error
-    if empty:
-        raise UserError(f"{path} is empty: {remedy}")
-
-
-def save_json(path: str, value: dict) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def save_csv(path: str, rows: Iterable[Sequence]) -> None:
-    """Write rows, the first of them the columns' names, as CSV, whole or not at all."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
-
-
-def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Counts of (truth, prediction) pairs, truth in rows.
-
-    Args:
-        prediction: integer labels below `num_classes`, any shape.
-        target: integer labels of the same shape; pixels of `IGNORE_INDEX` are not counted.
-
-    Returns:
-        int64 (num_classes, num_classes) on the device of the inputs.
-    """
-    pairs = target.long() * num_classes + prediction
-    pairs = torch.where(target == IGNORE_INDEX, num_classes**2, pairs)  # a last bin for what is ignored
-    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
-    return counts[:-1].view(num_classes, num_classes)
-
-
-def metrics(confusion: Tensor) -> dict:
-    """Measures of an int64 confusion matrix (truth in rows), all in 0..1.
-
-    `iou` has None for a class that appears neither in the truth nor in the predictions, and `mean_iou` leaves
-    it out; `mean_accuracy` leaves out the classes without truth. Each is None where nothing is left to
-    average.
-    """
-    confusion = confusion.cpu().double()
-    hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    iou = hits / (truth + predicted - hits)
-
-    def mean(values: Tensor) -> float | None:
-        values = values[values.isfinite()]
-        return values.mean().item() if len(values) else None
-
-    return {
-        "mean_iou": mean(iou),
-        "iou": [value if np.isfinite(value) else None for value in iou.tolist()],
-        "pixel_accuracy": mean(hits.sum() / truth.sum()[None]),
-        "mean_accuracy": mean(hits / truth),
-    }
-
-
 def percent(value: float | None) -> str:
     """A share in 0..1 as in `75.36`, or `-` for None."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def table(classes: Sequence[str], result: dict) -> str:
-    """A line for each class: its IoU as a bar and a number, its accuracy, its share of the labelled pixels.
+def progress(items: Iterable, title: str, total: int, unit: str = "img") -> Iterator:
+    """The items, with a bar once they have taken two seconds; without a terminal a line every 30 seconds.
+    Raises Stopped if a stop signal has come."""
+    printed = time.perf_counter()
+    hide = True if RANK else None  # None: where the output is no terminal
+    options = {"unit": unit, "delay": 2, "disable": hide, "leave": False, "dynamic_ncols": True}
+    with tqdm(total=total, desc=title, **options) as bar:
+        for done, item in enumerate(items, 1):
+            end_if_stopped()
+            yield item
+            bar.update()
+            if bar.disable and time.perf_counter() - printed > 30:
+                printed = time.perf_counter()
+                print(f"{title}: {done} of {total}", flush=True)
 
-    `result` is that of `metrics` with its `confusion`.
+
+def ahead(pool: Executor, function: Callable, items: Iterable, limit: int = 16) -> Iterator:
+    """`function` of each item, in order; the pool computes up to `limit` of them in advance."""
+    pending: deque[Future] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > limit:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+noted_signals: list[int] = []  # the stop signals that have come
+
+
+class Stopped(Exception):
+    """A stop signal ended the command. The message, if any, says how to continue."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within this context a stop signal is noted, for loops to ask `end_if_stopped` or `stop_asked`.
+
+    The handler does no more: what it raised could get lost in a callback of Python's, or cut a write in two.
+    A second signal ends the process at once; but torchrun passes on what its processes have had from the
+    terminal, so there it does not. A signal that is ignored already stays so (`nohup`).
     """
-    confusion = np.array(result["confusion"])
-    width = max(map(len, [*classes, "class"]))
-    lines = [f"{'class':{width}}  {'':20}    IoU  accuracy  pixels"]
-    for name, iou, hits, truth in zip(
-        classes, result["iou"], confusion.diagonal(), confusion.sum(1), strict=True
-    ):
-        accuracy = percent(hits / truth if truth else None)
-        share = percent(truth / max(1, confusion.sum()))
-        lines.append(
-            f"{name:{width}}  {'#' * round(20 * (iou or 0)):20} {percent(iou):>6}  {accuracy:>8}  {share:>6}"
-        )
-    return "\n".join(lines)
+
+    def note(number: int, frame) -> None:
+        noted_signals.append(number)
+        if WORLD == 1:
+            for handled in before:
+                signal.signal(handled, signal.SIG_DFL)
+
+    noted_signals.clear()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_if_stopped() -> None:
+    """Raises Stopped if a stop signal has come."""
+    if noted_signals:
+        raise Stopped
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """In a worker of a loader: signals reach all processes of a terminal or a job, but the main one still has
+    an iteration to end and a checkpoint to write, for which there are 30 seconds."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+
+
+def join_processes(device: "device") -> None:
+    """Let this process find the others. Raises UserError if the environment names several processes, but not
+    how they find each other."""
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        hint = "start them by torchrun, or unset WORLD_SIZE for a single one"
+        raise UserError(f"WORLD_SIZE asks for {WORLD} processes ({error}): {hint}") from error
+
+
+def check_agreement(values: dict) -> None:
+    """Raises UserError if these values differ between the processes, whose exchanges would then wait for
+    ever."""
+    import torch.distributed as dist
+
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, values)
+    for name, value in values.items():
+        others = [other[name] for other in everyone]
+        if any(other != value for other in others):
+            found = f"the processes do not start alike ({name}: {', '.join(map(str, others))})"
+            raise UserError(f"{found}: each machine needs the same flags, data and checkpoints")
+
+
+def stop_asked() -> bool:
+    """Whether a stop signal has come to any of the processes."""
+    if WORLD == 1:
+        return bool(noted_signals)
+    import torch
+    import torch.distributed as dist
+
+    asked = torch.tensor(len(noted_signals))  # on the CPU: the GPUs are not waited for
+    dist.all_reduce(asked)
+    return asked.item() > 0
+
+
+def run_command(
+    command: Callable[[], int | None], explain: Callable[[Exception], str | None] = lambda error: None
+) -> NoReturn:
+    """Run a command and exit with its status, or with one line on stderr that says what has ended it.
+
+    `explain` returns what to print of an error that is no `UserError`, or None for the traceback.
+    """
+    sys.stdout, sys.stderr = Output(None if RANK else sys.stdout), Output(sys.stderr)
+    line = None
+    try:
+        with stop_signals():
+            status = command() or 0
+    except Stopped as stopped:
+        clear_all_frames(stopped)
+        number = signal.Signals(noted_signals[0] if noted_signals else signal.SIGTERM)
+        status = 128 + number
+        line = None if RANK else "; ".join([f"\nmain.py: stopped by {number.name}", *stopped.args])
+    except Exception as error:
+        message = str(error) if isinstance(error, UserError) else explain(error)
+        if message is None and isinstance(error, OSError):
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        if message is None and WORLD == 1:
+            raise
+        clear_all_frames(error)
+        status, message = 1, message or "".join(format_exception(error))
+        line = f"main.py: rank {RANK}: error: {message}" if WORLD > 1 else f"main.py: error: {message}"
+    sys.stdout.flush()
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()  # a loader's that did not end when told to; Python would wait for it
+    if WORLD > 1 and status:
+        os._exit(status)  # the tidy way out of NCCL waits for the other processes, which may be gone
+    sys.exit(status)
+
+
+def clear_all_frames(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold: a loader, whose workers would hold up the exit."""
+    while error:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,67 +1,188 @@
-"""What is in a data set, and what is wrong with it, before it is trained on."""
+"""What a data set holds and what is wrong with it: before training, and in full for --check."""
 
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from datasets import DATASETS, SegmentationDataset
+from files.images import header_size, open_image
+from files.masks import COLOR_MODES
 from files.pictures import sample_row, sample_sheet, save_image
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
-MOST_ROWS = 40  # of the picture
+ROWS_LIMIT = 40  # of the picture
+MASKS_LIMIT = 200  # that are read before training
 
 
-class Part:
+class Contents(NamedTuple):
+    """What the files of a sample hold.
+
+    `size` is the height and width of the image, `pixels` the number of pixels of each label, int64 (256,),
+    `digest` a hash of the image file. What `scan` did not read is None.
+    """
+
+    size: tuple[int, int] | None = None
+    pixels: np.ndarray | None = None
+    digest: bytes | None = None
+
+
+def scan(
+    dataset: SegmentationDataset, depth: str, title: str, indices: Sequence[int] | None = None
+) -> Iterator[tuple[int, Contents | UserError]]:
+    """Look at the files of all samples, or of these; yields each index with what they hold, or the error.
+
+    Args:
+        depth: "headers" for the sizes alone, "masks" for their pixels alone, "all" to decode everything.
+        title: stands beside the progress bar.
+
+    Raises:
+        Stopped: if a stop signal has come.
+    """
+
+    def read(index: int) -> Contents | UserError:
+        try:
+            if depth == "headers":
+                return Contents(header_size(*dataset.pairs[index]))
+            if depth == "masks":
+                return Contents(pixels=count(dataset.read_mask(index)))
+            mask = dataset.read(index)[1]
+            with open(dataset.pairs[index][0], "rb") as file:
+                digest = hashlib.blake2b(file.read(), digest_size=16).digest()
+            return Contents(tuple(mask.shape), count(mask.numpy()), digest)
+        except UserError as error:
+            return error
+
+    def count(mask: np.ndarray) -> np.ndarray:
+        return np.bincount(mask.ravel(), minlength=256)
+
+    indices = range(len(dataset)) if indices is None else indices
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+        yield from zip(indices, progress(ahead(pool, read, indices), title, len(indices)), strict=True)
+
+
+def drop_bad(dataset: SegmentationDataset, decode: bool = False) -> list[str]:
+    """Leave out the samples that cannot be used, and return what is wrong with each. Sets `dataset.sizes`.
+
+    Reads the headers of the files, their formats and sizes; with `decode` every pixel. Raises Stopped if a
+    stop signal has come."""
+    sizes, faults = np.zeros((len(dataset), 2), np.int32), {}
+    for index, found in scan(dataset, "all" if decode else "headers", "reading images"):
+        if isinstance(found, UserError):
+            faults[index] = str(found)
+        else:
+            sizes[index] = found.size
+    kept = [index for index in range(len(dataset)) if index not in faults]
+    dataset.pairs, dataset.sizes = [dataset.pairs[index] for index in kept], sizes[kept]
+    return list(faults.values())
+
+
+def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
+    """Look at a data set before it is trained on or evaluated, and print what is strange about it. Raises
+    UserError if a sample cannot be used, unless `skip_bad` leaves it out; or as `unseen_classes`."""
+    faults = drop_bad(dataset, decode=skip_bad)
+    if faults and (not skip_bad or not len(dataset)):
+        hint = "" if skip_bad else "; --skip_bad leaves such samples out"
+        raise UserError(f"{faults[0]} ({len(faults)} of the {split} samples cannot be used{hint})")
+    if faults:
+        print(f"left out {len(faults)} of the {split} samples, the first because of: {faults[0]}")
+    if dataset.has_masks and (unseen := unseen_classes(dataset)):
+        print(f"of these classes the {split} masks that were looked at have no pixel: {', '.join(unseen)}")
+
+
+def count_labels(dataset: SegmentationDataset, indices: Sequence[int], title: str) -> np.ndarray:
+    """int64 (2, 256): of each label its pixels in the masks of these samples, and the labelled pixels of all
+    masks that contain it. Raises UserError if a mask cannot be read, or a pixel of it is no class; Stopped if
+    a stop signal has come."""
+    counts = np.zeros((2, 256), np.int64)
+    for _, found in scan(dataset, "masks", title, indices):
+        if isinstance(found, UserError):
+            raise found
+        counts[0] += found.pixels
+        counts[1, found.pixels > 0] += found.pixels[:IGNORE_INDEX].sum()
+    return counts
+
+
+def median_frequency(counts: np.ndarray, num_classes: int) -> list[float]:
+    """Weights that balance the classes (Eigen & Fergus 2015, https://arxiv.org/abs/1411.4734, section 6.3.2):
+    the median of all frequencies over that of the class. The frequency is the class's share of the pixels of
+    the images that contain it; a class without pixels has weight 1.
+
+    Takes the result of `count_labels`.
+    """
+    pixels, pixels_of_images = counts[:, :num_classes]
+    seen = pixels > 0
+    frequency = pixels[seen] / pixels_of_images[seen]
+    weights = np.ones(num_classes)
+    weights[seen] = np.median(frequency) / frequency
+    return weights.tolist()
+
+
+def unseen_classes(dataset: SegmentationDataset) -> list[str]:
+    """The classes that none of up to `MASKS_LIMIT` masks contains, evenly spaced. Raises UserError if a mask
+    cannot be used, or as `check_ignored`."""
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(MASKS_LIMIT, len(dataset))).astype(int)).tolist()
+    pixels = count_labels(dataset, indices, "looking at masks")[0]
+    check_ignored(dataset, pixels)
+    return [name for name, number in zip(dataset.classes, pixels, strict=False) if not number]
+
+
+def check_ignored(dataset: SegmentationDataset, pixels: np.ndarray) -> None:
+    """Given the number of pixels of each label: Raises UserError if the masks hold nothing but the first
+    class and 255, and nobody wrote that 255 is ignored: then it is probably a class."""
+    first, *others = dataset.classes
+    labels = dataset.labels
+    if not others or pixels[1 : len(dataset.classes)].any() or not pixels[IGNORE_INDEX]:
+        return
+    by_color = IGNORE_INDEX in labels.colors.values()
+    if by_color and open_image(dataset.pairs[0][1], load=False).mode in COLOR_MODES:
+        return
+    if labels.ignored_by_default:
+        hint = f"if it is {others[0]!r}, write `{others[0]} = 255` in {labels.source or 'classes.txt'}"
+        found = f"only {first!r} and 255" if pixels[0] else "only 255"
+        raise UserError(f"the masks hold {found}, and 255 is ignored: {hint}")
+
+
+class Split:
     """All that one look at every file of a split tells."""
 
-    def __init__(self, split: str, dataset: SegmentationDataset):
-        self.split, self.dataset = split, dataset
-        count = len(dataset)
-        self.sizes = np.zeros((count, 2), np.int64)  # height and width; 0 where a sample cannot be used
-        self.hashes: dict[bytes, int] = {}  # of the image files, and the sample that has it
+    def __init__(self, name: str, dataset: SegmentationDataset):
+        self.name, self.dataset = name, dataset
+        self.sizes: list[tuple[int, int]] = []  # height and width of the samples that can be used
+        self.hashes: dict[int, bytes] = {}  # of the image files, by index
         self.pixels, self.images = np.zeros(256, np.int64), np.zeros(256, np.int64)  # of each label
         self.best = np.full(256, -1)  # the sample with the largest share of each label
         self.faults: list[str] = []
         shares = np.zeros(256)
-        with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
-            found = progress(ahead(pool, self.look, range(count)), f"decoding {split}", count)
-            for index, result in enumerate(found):
-                if isinstance(result, str):
-                    self.faults.append(result)
-                    continue
-                self.sizes[index], pixels, digest = result
-                self.hashes.setdefault(digest, index)
-                self.pixels += pixels
-                self.images += pixels > 0
-                share = pixels / pixels.sum()
-                self.best[share > shares] = index
-                shares = np.maximum(shares, share)
-        if dataset.has_masks and (trap := dataset.trap(self.pixels)):
-            self.faults.append(trap)
-
-    def look(self, index: int) -> tuple[tuple[int, int], np.ndarray, bytes] | str:
-        """Size, pixels of each label and hash of the image file; or what is wrong."""
+        for index, found in scan(dataset, "all", f"decoding {name}"):
+            if isinstance(found, UserError):
+                self.faults.append(str(found))
+                continue
+            self.sizes.append(found.size)
+            self.hashes[index] = found.digest
+            self.pixels += found.pixels
+            self.images += found.pixels > 0
+            share = found.pixels / found.pixels.sum()
+            self.best[share > shares] = index
+            shares = np.maximum(shares, share)
         try:
-            _, mask = self.dataset.read(index)
+            if dataset.has_masks:
+                check_ignored(dataset, self.pixels)
         except UserError as error:
-            return str(error)
-        with open(self.dataset.pairs[index][0], "rb") as file:
-            digest = hashlib.blake2b(file.read(), digest_size=16).digest()
-        return tuple(mask.shape), np.bincount(mask.numpy().ravel(), minlength=256), digest
+            self.faults.append(str(error))
 
     def describe(self) -> str:
         """Counts and sizes, in a line."""
-        usable = self.sizes[self.sizes[:, 0] > 0]
-        masks = f"{self.dataset.pairs.masked} masks" if self.dataset.has_masks else "no masks"
-        line = f"{self.split}: {len(self.dataset)} images, {masks}"
-        if len(usable):
-            usable = usable[np.argsort(usable.prod(1), kind="stable")]
-            sizes = (f"{w}x{h}" for h, w in (usable[0], usable[len(usable) // 2], usable[-1]))
+        masks = sum(mask is not None for _, mask in self.dataset.pairs)
+        line = f"{self.name}: {len(self.dataset)} images, {masks or 'no'} masks"
+        if self.sizes:
+            ordered = sorted(self.sizes, key=np.prod)
+            sizes = (f"{w}x{h}" for h, w in (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
             line += ", sizes from {} by {} (median) to {}".format(*sizes)
         return line
 
@@ -75,21 +196,21 @@ def check(name: str, root: str, splits: Sequence[str]) -> int:
     parts, faults = [], []
     for split in splits:
         try:
-            parts.append(Part(split, DATASETS[name](root, split)))
+            parts.append(Split(split, DATASETS[name](root, split)))
         except UserError as error:
             faults.append(str(error))
     if parts:
         title = os.path.basename(os.path.abspath(root)) if name == "custom" else name
         faults += report(parts, f"data/check/{title}.png")
-    each = {fault.partition(": ")[0]: fault for fault in reversed(faults)}  # once, if several parts have it
-    for fault in reversed(each.values()):
+    faults = list(dict.fromkeys(faults))  # once, if several splits have it
+    for fault in faults:
         print(f"main.py: error: {fault}", file=sys.stderr)
-    print(f"faults: {len(each)}" if each else "no fault was found")
-    return len(each)
+    print(f"faults: {len(faults)}" if faults else "no fault was found")
+    return len(faults)
 
 
-def report(parts: Sequence[Part], path: str) -> list[str]:
-    """Print what the parts hold, draw samples that show every class to `path`, and return the faults."""
+def report(parts: Sequence[Split], path: str) -> list[str]:
+    """Print what the splits hold, draw samples that show every class to `path`, and return the faults."""
     for part in parts:
         print(part.describe())
     masked = [part for part in parts if part.dataset.has_masks]
@@ -98,36 +219,37 @@ def report(parts: Sequence[Part], path: str) -> list[str]:
         draw(masked, path)
         print(f"samples that show the classes are in {path}")
     first, *others = parts
+    trained_on = set(first.hashes.values())
     for part in others:
-        common = sorted(part.hashes[digest] for digest in first.hashes.keys() & part.hashes.keys())
+        common = [index for index, digest in part.hashes.items() if digest in trained_on]
         if common:
             example = part.dataset.pairs[common[0]][0]
-            print(f"{len(common)} of the {part.split} images are {first.split} images, too: {example} is one")
+            print(f"{len(common)} of the {part.name} images are {first.name} images, too: {example} is one")
     return [fault for part in parts for fault in part.faults]
 
 
-def class_table(parts: Sequence[Part]) -> str:
-    """A line for each class, and for what is ignored: its share of the pixels and its images in each part."""
+def class_table(parts: Sequence[Split]) -> str:
+    """A line for each class and for what is ignored: its share of the pixels and its images in each split."""
     classes = parts[0].dataset.classes
     width = max(map(len, [*classes, "(ignored)"]))
-    lines = [f"{'class':{width}}" + "".join(f"  {part.split + ' pixels':>12}  images" for part in parts)]
+    lines = [f"{'class':{width}}" + "".join(f"  {part.name + ' pixels':>12}  images" for part in parts)]
     for label, name in [*enumerate(classes), (IGNORE_INDEX, "(ignored)")]:
         line = f"{name:{width}}"
         for part in parts:
             share = percent(part.pixels[label] / max(1, part.pixels.sum()))
             line += f"  {share + ' %':>12}  {part.images[label]:6}"
-        unseen = [part.split for part in parts if not part.images[label] and label != IGNORE_INDEX]
+        unseen = [part.name for part in parts if not part.images[label] and label != IGNORE_INDEX]
         lines.append(f"{line}  nowhere in {' and '.join(unseen)}" if unseen else line)
     return "\n".join(lines)
 
 
-def draw(parts: Sequence[Part], path: str) -> None:
+def draw(parts: Sequence[Split], path: str) -> None:
     """Rows of image, mask and overlay; for each class that no row has shown the sample with most of it."""
     rows, shown = [], set()
     for part in parts:
         dataset = part.dataset
         for label, index in enumerate(part.best[: len(dataset.classes)].tolist()):
-            if index < 0 or label in shown or len(rows) == MOST_ROWS:
+            if index < 0 or label in shown or len(rows) == ROWS_LIMIT:
                 continue
             image, mask = (tensor.numpy() for tensor in dataset.read(index))
             rows.append(sample_row(Image.fromarray(image.transpose(1, 2, 0)), mask, mask, dataset.palette))

@@ -1,5 +1,6 @@
 """Evaluation: a data set is predicted and compared with its truth, image by image."""
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,23 +13,62 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import SegmentationDataset, load_batches
-from deeplab import DeepLabv3, autocast
-from files.pictures import sample_row, sample_sheet
+from deeplab import DeepLabv3, Inference
+from files.pictures import plot_confusion, sample_row, sample_sheet, save_image
+from files.whole import save_csv, save_json
 from utils import (
     IGNORE_INDEX,
     RANK,
     WORLD,
     ahead,
-    confusion_matrix,
     end_if_stopped,
-    metrics,
     percent,
     progress,
 )
 
 
+def confusion_matrices(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Counts of (truth, prediction) pairs for each image of a batch, truth in rows.
+
+    Args:
+        predictions: integer labels below `num_classes`, (N, H, W).
+        targets: integer labels of the same shape; pixels of `IGNORE_INDEX` are not counted.
+
+    Returns:
+        int64 (N, num_classes, num_classes) on the device of the inputs.
+    """
+    count, bins = len(targets), num_classes**2 + 1  # the last bin of an image is for what is ignored
+    pairs = targets.long() * num_classes + predictions
+    pairs = pairs.where(targets != IGNORE_INDEX, num_classes**2).view(count, -1)
+    pairs += bins * pairs.new_tensor(range(count))[:, None]
+    counts = pairs.flatten().bincount(minlength=count * bins).view(count, bins)
+    return counts[:, :-1].reshape(count, num_classes, num_classes)
+
+
+def metrics(confusion: Tensor) -> dict:
+    """Measures of an int64 confusion matrix (truth in rows), all in 0..1.
+
+    `iou` has None for a class that appears neither in the truth nor in the predictions, and `mean_iou` leaves
+    it out; `mean_accuracy` leaves out the classes without truth. A mean of nothing is None.
+    """
+    confusion = confusion.cpu().double()
+    hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    iou = hits / (truth + predicted - hits)
+
+    def mean(values: Tensor) -> float | None:
+        values = values[values.isfinite()]
+        return values.mean().item() if len(values) else None
+
+    return {
+        "mean_iou": mean(iou),
+        "iou": [None if value != value else value for value in iou.tolist()],  # NaN: 0 / 0
+        "pixel_accuracy": mean(hits.sum() / truth.sum()[None]),
+        "mean_accuracy": mean(hits / truth),
+    }
+
+
 class ImageResult(NamedTuple):
-    """How one image came out.
+    """The result of one image.
 
     `mean_iou` is over the classes that the image or its prediction has; None without a labelled pixel.
     `truth` and `predicted_as` are the classes most confused, of `pixels`; empty where nothing is wrong.
@@ -58,42 +98,42 @@ class Row(NamedTuple):
     labels: set[int]
 
 
-class Findings:
-    """What evaluation keeps of single images: the rows of some samples and, if it has a `folder` to write to,
-    the result of each image and the rows of the worst. Threads may add to it."""
+class Details:
+    """What evaluation keeps of single images: the rows of `samples` images, evenly spaced, and, if it has a
+    `folder` to write to, the result of each image and the rows of the worst. Threads may add to it."""
 
     def __init__(self, dataset: SegmentationDataset, samples: int, folder: str | None):
-        self.dataset, self.most, self.folder, self.lock = dataset, samples, folder, threading.Lock()
-        shown = np.linspace(0, len(dataset) - 1, min(samples, len(dataset)))  # spread evenly
-        self.shown = set(shown.astype(int).tolist())
+        self.dataset, self.limit, self.folder, self.lock = dataset, samples, folder, threading.Lock()
+        self.shown = set(np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist())
         self.samples: dict[int, Row] = {}
         self.results: dict[int, ImageResult] = {}
-        self.worst: list[tuple[float, int, Row]] = []  # mean IoU, index; as many as samples
+        self.worst: list[tuple[float, int, Row]] = []  # mean IoU, index; `samples` of them
+
+    def add_batch(self, batch: tuple[list[int], Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """The confusion matrix, on the CPU, of a padded batch: indices, images uint8 (N, 3, H, W), masks and
+        predicted labels uint8 (N, H, W), sizes (N, 2). Waits for the device."""
+        indices, images, masks, sizes, labels = batch
+        confusions = confusion_matrices(labels, masks, len(self.dataset.classes)).cpu()
+        if self.folder or not self.shown.isdisjoint(indices):
+            labels = labels.cpu().numpy()
+            for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
+                image, truth = images[i, :, :h, :w], masks[i, :h, :w]
+                self.add(index, image, truth, labels[i, :h, :w], confusions[i])
+        return confusions.sum(0)
 
     def add(self, index: int, image: Tensor, truth: Tensor, labels: np.ndarray, confusion: Tensor) -> None:
-        """An image: uint8 (3, H, W), its truth and predicted labels (H, W), and its confusion matrix."""
         if index in self.shown:
             self.samples[index] = self.draw(image, truth, labels)
         if not self.folder:
             return
         self.dataset.save(self.folder, index, labels)
-        result = image_result(self.dataset.name(index), confusion, self.dataset.classes)
+        result = image_result(self.dataset.names[index], confusion, self.dataset.classes)
         self.results[index], iou = result, result.mean_iou
-        worst = self.worst
-        if iou is not None and (len(worst) < self.most or (self.most and (iou, index) < worst[-1][:2])):
+        worst, limit = self.worst, self.limit
+        if iou is not None and limit and (len(worst) < limit or (iou, index) < worst[-1][:2]):
             row = self.draw(image, truth, labels, f"{result.name}: mean IoU {percent(iou)}")
             with self.lock:
                 self.keep_worst([(iou, index, row)])
-
-    def add_batch(self, batch: tuple) -> Tensor:
-        """The confusion matrix, on the CPU, of a padded batch of `evaluate`; this waits for the device."""
-        indices, images, masks, sizes, labels = batch
-        classes = len(self.dataset.classes)
-        counts = [confusion_matrix(*pair, classes).cpu() for pair in zip(labels, masks, strict=True)]
-        labels = labels.cpu().numpy()
-        for i, (index, (h, w)) in enumerate(zip(indices, sizes.tolist(), strict=True)):
-            self.add(index, images[i, :, :h, :w], masks[i, :h, :w], labels[i, :h, :w], counts[i])
-        return sum(counts)
 
     def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray, title: str | None = None) -> Row:
         picture, truth = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), truth.cpu().numpy()
@@ -101,16 +141,24 @@ class Findings:
         return Row(sample_row(picture, truth, labels, self.dataset.palette, title), seen)
 
     def keep_worst(self, others: list[tuple[float, int, Row]]) -> None:
-        self.worst = sorted([*self.worst, *others], key=lambda each: each[:2])[: self.most]
+        self.worst = sorted([*self.worst, *others], key=lambda item: item[:2])[: self.limit]
 
     def gather(self) -> None:
-        """Take in what the other processes have found."""
+        """Add what the other processes have kept."""
         parts = [None] * WORLD
         dist.all_gather_object(parts, (self.samples, self.results, self.worst))
         for rank, (samples, results, worst) in enumerate(parts):
             self.samples.update(samples)
             self.results.update(results)
             self.keep_worst(worst if rank != RANK else [])
+
+    def sample_sheet(self) -> Image.Image:
+        """Rows of image, truth and prediction."""
+        return self.sheet([self.samples[index] for index in sorted(self.samples)])
+
+    def worst_sheet(self) -> Image.Image:
+        """The same for the images of lowest mean IoU, with their errors."""
+        return self.sheet([row for _, _, row in self.worst])
 
     def sheet(self, rows: Sequence[Row]) -> Image.Image:
         labels = sorted(set().union(*(row.labels for row in rows)))
@@ -123,56 +171,83 @@ def evaluate(
     model: DeepLabv3,
     dataset: SegmentationDataset,
     device: torch.device,
-    batch_size: int = 4,
+    inference: Inference,
     workers: int = 0,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    amp: str | None = None,
     samples: int = 0,
     folder: str | None = None,
-) -> dict:
+) -> tuple[dict, Details]:
     """Predict a whole data set and compare it with the truth; several processes share its batches.
 
     Args:
         model: ready for inference, as `fuse` makes it.
-        dataset: `drop_bad` has looked at it.
-        batch_size: images in one forward pass.
+        dataset: `check.drop_bad` has looked at it.
         workers: processes that load images.
-        scales, flip: as for `DeepLabv3.scores`.
-        amp: number format of the convs, as for `deeplab.autocast`.
-        samples: how many images to show in a picture.
+        samples: number of images to show in a picture.
         folder: where to write the predictions, as PNGs of the images' own sizes.
 
     Returns:
-        the measures of `utils.metrics`, the `confusion` matrix, `samples`, a picture, and, with a folder,
-        `worst`, a picture, and `images`, the `ImageResult`s in the data set's order.
+        the measures of `metrics` with the `confusion` matrix, and the details.
 
     Raises:
         UserError: if a sample cannot be used, or a prediction cannot be written.
         Stopped: if a stop signal has come.
     """
-    batches = dataset.eval_batches(batch_size)[RANK::WORLD]
-    findings = Findings(dataset, samples, folder)
+    batches = dataset.eval_batches(inference.batch_size)[RANK::WORLD]
+    details = Details(dataset, samples, folder)
     confusion = torch.zeros((len(dataset.classes),) * 2, dtype=torch.int64)
 
     def predicted() -> Iterator[tuple]:
         loaded = load_batches(dataset, batches, workers, device)
         for indices, (images, masks, sizes) in zip(batches, loaded, strict=True):
-            end_if_stopped()  # `progress` looks only once the first batches are counted
-            with autocast(device, amp):
-                labels = model.scores(model.normalize(images, sizes), scales, flip).argmax(1).byte()
+            end_if_stopped()  # `progress` asks only once the first batches are counted
+            labels = model.scores(model.normalize(images, sizes), inference).argmax(1).byte()
             yield indices, images, masks, sizes, labels
 
     with ThreadPoolExecutor() as pool:
-        counted = ahead(pool, findings.add_batch, predicted(), 2)
+        counted = ahead(pool, details.add_batch, predicted(), 2)
         for counts in progress(counted, "evaluating", len(batches), "batch"):
             confusion += counts
     if WORLD > 1:
         dist.all_reduce(confusion)
-        findings.gather()
-    result = {**metrics(confusion), "confusion": confusion.tolist()}
-    result["samples"] = findings.sheet([findings.samples[index] for index in sorted(findings.samples)])
-    if folder:
-        result["worst"] = findings.sheet([row for _, _, row in findings.worst])
-        result["images"] = [findings.results[index] for index in sorted(findings.results)]
-    return result
+        details.gather()
+    return {**metrics(confusion), "confusion": confusion.tolist()}, details
+
+
+def results_folder(checkpoint: str, split: str) -> str:
+    """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name."""
+    path = os.path.relpath(checkpoint, "data")
+    if path.startswith(os.pardir):
+        path = os.path.basename(checkpoint)
+    return os.path.join("data", split, os.path.splitext(path)[0])
+
+
+def write_results(
+    folder: str, dataset: SegmentationDataset, result: dict, details: Details, about: dict, plots: bool
+) -> None:
+    """Write the pictures, per_image.csv and metrics.json; `about` is what else metrics.json tells. Raises
+    UserError if a file cannot be written."""
+    save_image(f"{folder}/samples.png", details.sample_sheet())
+    save_image(f"{folder}/worst.png", details.worst_sheet())
+    if plots:
+        plot_confusion(f"{folder}/confusion.png", result["confusion"], dataset.classes)
+    images = [details.results[index] for index in sorted(details.results)]
+    rows = ([f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in images)
+    save_csv(f"{folder}/per_image.csv", [ImageResult._fields, *rows])
+    iou = dict(zip(dataset.classes, result["iou"], strict=True))
+    save_json(f"{folder}/metrics.json", {**result, "iou": iou, **about})
+
+
+def print_results(classes: Sequence[str], result: dict) -> None:
+    """Print a line for each class: its IoU as a bar and a number, its accuracy, its share of the labelled
+    pixels; then the lines of the published code. `result` is that of `evaluate`."""
+    confusion = np.array(result["confusion"])
+    hits, truth = confusion.diagonal(), confusion.sum(1)
+    width = max(map(len, [*classes, "class"]))
+    print(f"{'class':{width}}  {'':20}    IoU  accuracy  pixels")
+    for name, iou, hit, total in zip(classes, result["iou"], hits, truth, strict=True):
+        accuracy, share = percent(hit / total if total else None), percent(total / max(1, confusion.sum()))
+        bar = "#" * round(20 * (iou or 0))
+        print(f"{name:{width}}  {bar:20} {percent(iou):>6}  {accuracy:>8}  {share:>6}")
+    for name, iou in zip(classes, result["iou"], strict=True):
+        print(f"IoU {name}: {percent(iou)}")
+    print(f"Mean IoU: {percent(result['mean_iou'])}")

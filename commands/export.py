@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deeplab import DeepLabv3
-from utils import UserError, end_if_stopped, write_whole
+from files.whole import write_whole
+from utils import UserError, end_if_stopped
 
-LEAST_AGREEMENT = 0.999  # share of the pixels
+MIN_AGREEMENT = 0.999  # share of the pixels
 SIZES = {0: "batch", 2: "height", 3: "width"}  # of the image's axes, those that are not fixed
 ONNX_PACKAGES = "onnx onnxscript onnxruntime"
 
@@ -71,11 +72,8 @@ def export(model: DeepLabv3, path: str, about: dict) -> None:
 
 
 def check_format(path: str) -> str:
-    """The ending of a file to export to.
-
-    Raises:
-        UserError: if it is none of `FORMATS`, or the packages for it are missing.
-    """
+    """The ending of a file to export to. Raises UserError if it is none of `FORMATS`, or the packages for it
+    are missing."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in FORMATS:
         raise UserError(f"--export {path}: its ending tells the format, {' or '.join(FORMATS)}")
@@ -109,8 +107,8 @@ def save_onnx(program: torch.export.ExportedProgram, file: BinaryIO, about: dict
     try:
         proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     except torch.onnx.OnnxExporterError as error:  # torch 2.6
-        way_out = "use a newer torch, or export to .pt2"
-        raise UserError(f"torch {torch.__version__} cannot write this network as ONNX: {way_out}") from error
+        hint = "use a newer torch, or export to .pt2"
+        raise UserError(f"torch {torch.__version__} cannot write this network as ONNX: {hint}") from error
     onnx.helper.set_model_props(proto, about)
     file.write(proto.SerializeToString())
 
@@ -127,10 +125,7 @@ FORMATS = {".pt2": (save_pt2, load_pt2), ".onnx": (save_onnx, load_onnx)}
 
 def compare(network: Exported, loaded: Callable[[Tensor], tuple[Tensor, Tensor]], path: str) -> None:
     """Print how far a loaded file agrees with its network on images of two other sizes than the exported.
-
-    Raises:
-        UserError: if the labels of too many pixels differ.
-    """
+    Raises UserError if the labels of too many pixels differ."""
     rng = np.random.default_rng(0)
     for n, height, width in ((1, 161, 240), (3, 96, 65)):
         coarse = torch.from_numpy(rng.integers(0, 256, (n, 3, 6, 8), dtype=np.uint8)).float()
@@ -140,7 +135,7 @@ def compare(network: Exported, loaded: Callable[[Tensor], tuple[Tensor, Tensor]]
         agreement = (labels == expected).float().mean().item()
         difference = (logits - expected_logits).abs().max() / expected_logits.abs().max()
         print(f"{n} of {width}x{height}: {agreement:.4%} of the labels agree, logits to {difference:.1e}")
-        if not agreement >= LEAST_AGREEMENT:
+        if not agreement >= MIN_AGREEMENT:
             raise UserError(
                 f"{path} is not written: its labels differ from the model's for {1 - agreement:.2%}"
             )

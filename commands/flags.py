@@ -1,14 +1,20 @@
-"""The flags of main.py: what they are called, what they mean, which go together."""
+"""The flags of main.py: their names, meanings and defaults, and which go together. Imports no torch."""
 
 import argparse
 import math
 import os
 
-import deeplab
 from commands.download import DOWNLOADS
-from datasets import DATASETS
 from utils import RANK, WORLD
 
+BACKBONES = ["resnet50", "resnet101", "resnet152"]
+# The data sets, and where they lie without --data_root.
+DATA_ROOTS = {
+    "pascal": "data/VOCdevkit",
+    "cityscapes": "data/cityscapes",
+    "custom": None,
+    "shapes": "data/shapes",
+}
 # What --dataset shapes sets unless a flag says otherwise: a run of minutes on a CPU.
 SHAPES_DEFAULTS = {
     "backbone": "resnet50",
@@ -55,69 +61,97 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("what to do")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--train", action=yes, help="train; without this and the next four, evaluate")
-    add("--check", action=yes, help="look at all files of the data set: what it holds, and its faults")
-    add("--predict", metavar="PATH", nargs="+", help="segment images, folders of them, patterns; -: stdin's")
+    add("--train", action=yes, help="train; the default is to evaluate")
+    add("--check", action=yes, help="read all files of the data set, print what it holds and every fault")
+    add(
+        "--predict",
+        metavar="PATH",
+        nargs="+",
+        help="segment images, folders, patterns; - reads paths from stdin",
+    )
     add("--export", metavar="FILE", help="write the network of --checkpoint to FILE.onnx or FILE.pt2")
     add("--download", metavar="NAME", nargs="+", choices=DOWNLOADS, help=f"fetch {', '.join(DOWNLOADS)}")
     add = group.add_argument
     add("--exp", metavar="NAME", help="name of the experiment, part of the checkpoints' names")
-    add("--resume", metavar="PATH", help="go on from this checkpoint; `auto`: the newest of --exp, if any")
-    add("--init", metavar="PATH", help="start from these weights, but for the classifier if classes differ")
-    add("--checkpoint", metavar="PATH", help="evaluate this file, not one of --exp; or predict with it")
+    add("--resume", metavar="PATH", help="continue this checkpoint; `auto`: the newest of --exp, if any")
+    add("--init", metavar="PATH", help="start from these weights, without the classifier if classes differ")
+    add("--checkpoint", metavar="PATH", help="evaluate this file, or predict with it")
     add("--out", metavar="DIR", default="data/predictions", help="where --predict writes")
-    add("--url", help="mirror for one --download NAME: address of its file, or of the folder that holds it")
+    add("--url", help="mirror for one --download NAME: address of its file or of its folder")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="pascal", help="shapes is embedded and needs no files")
-    add("--data_root", metavar="DIR", help="where the data set lies, if not under data/")
-    add("--split", choices=("train", "val", "test"), default="val", help="part to evaluate")
+    add("--dataset", choices=DATA_ROOTS, default="pascal", help="shapes needs no files")
+    add("--data_root", metavar="DIR", help="folder of the data set, if not the one under data/")
+    add("--split", choices=("train", "val", "test"), default="val", help="split to evaluate")
     add("--crop_size", type=positive, default=513, help="height and width of the training crops")
-    add("--workers", type=int, help="processes that load images, 0: the main one (4, or a core each)")
-    add("--skip_bad", action=yes, help="decode all files first, leave out the samples that are damaged")
+    add("--workers", type=int, help="processes that load images; 0: load in the main one (4, or one a core)")
+    add("--skip_bad", action=yes, help="decode all files first, and leave out damaged samples")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=deeplab.LAYERS, default="resnet101", help="torchvision ResNet to build on")
-    add("--groups", type=int, help="GroupNorm with so many groups instead of BatchNorm (0)")
+    add("--backbone", choices=BACKBONES, default="resnet101", help="torchvision ResNet to build on")
+    add("--groups", type=int, help="use GroupNorm with N groups; 0 is BatchNorm", metavar="N")
     add("--weight_std", action=switch, default=False, help="weight standardisation of the convs")
     add("--beta", action=yes, help="three 3x3 convs as the stem instead of one 7x7")
-    add("--output_stride", type=int, choices=(8, 16, 32), default=16, help="input over feature map size")
+    add("--output_stride", type=int, choices=(8, 16, 32), default=16, help="input size over feature map size")
     add("--multi_grid", type=positive, nargs=3, default=[1, 1, 1], help="relative rates in layer4")
     add("--aspp_rates", type=positive, nargs="+", default=[6, 12, 18], help="atrous rates at stride 16")
     add("--no_image_pooling", action=yes, help="leave out ASPP's image-level branch")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=30, help="passes over the training list; or which to evaluate")
-    add("--batch_size", type=positive, default=16, help="images in one step, of all processes together")
-    add("--accum", type=positive, default=1, help="compute a batch in so many parts, to need less memory")
+    add("--epochs", type=positive, default=30, help="passes over the training list; or the one to evaluate")
+    add("--batch_size", type=positive, default=16, help="images in one step, over all processes")
+    add(
+        "--accum",
+        type=positive,
+        default=1,
+        help="compute a batch in N parts, to need less memory",
+        metavar="N",
+    )
     add("--base_lr", type=float, default=0.00025, help="initial learning rate")
-    add("--last_mult", type=float, default=1.0, help="learning rate of ASPP over that of the trunk")
-    add("--class_weights", metavar="W", nargs="+", help="of the classes in the loss; auto: median frequency")
+    add("--last_mult", type=float, default=1.0, help="learning rate of ASPP, relative to the trunk's")
+    add(
+        "--class_weights",
+        metavar="W",
+        nargs="+",
+        help="weights of the classes in the loss; auto: median frequency",
+    )
     add("--scratch", action=switch, default=False, help="do not start from ImageNet weights")
     add("--freeze_bn", action=yes, help="keep BatchNorm's statistics, scale and shift as they are")
     add("--seed", type=int, default=0, help="the same seed gives the same run, on the CPU to the bit")
-    add("--save_every", type=positive, default=10, help="epochs between checkpoints; the last is saved, too")
+    add(
+        "--save_every", type=positive, default=10, help="epochs between checkpoints; the last is always saved"
+    )
     add("--save_every_iters", type=positive, help="iterations between further checkpoints, within epochs")
-    add("--keep", type=positive, help="keep only so many of the newest checkpoints, and the best one")
-    add("--log_every", type=positive, default=10, help="iterations between looks at the loss")
-    add("--plots", action=yes, help="draw the log, or the confusion matrix, by matplotlib")
-    add("--tensorboard", action=yes, help="write the log and samples for TensorBoard, too")
+    add(
+        "--keep",
+        type=positive,
+        help="keep the N newest checkpoints and the best one, delete others",
+        metavar="N",
+    )
+    add("--log_every", type=positive, default=10, help="iterations between rows of the log")
+    add("--plots", action=yes, help="draw the log, or the confusion matrix (needs matplotlib)")
+    add("--tensorboard", action=yes, help="write the log and samples for TensorBoard")
 
     add = parser.add_argument_group("evaluation and prediction").add_argument
     add("--eval_batch_size", type=positive, default=4, help="images in one forward pass")
     add("--scales", type=float, nargs="+", default=[1.0], help="average the scores over these image sizes")
-    add("--flip", action=yes, help="average them over the mirrored image, too")
+    add("--flip", action=yes, help="average the scores over the mirrored image")
     add("--samples", type=int, default=8, help="rows of samples.png: image, truth, prediction")
-    add("--confidence", action=yes, help="--predict writes the winning class's probability, too, in grey")
-    add("--max_side", type=positive, default=2049, help="--predict shrinks longer images to this")
+    add("--confidence", action=yes, help="with --predict, write the probability of the predicted class")
+    add(
+        "--max_side",
+        type=positive,
+        default=2049,
+        help="longest side of an image that is not shrunk for --predict",
+    )
 
     add = parser.add_argument_group("machine").add_argument
     add("--gpu", type=int, help="number of the CUDA device, 0 if not given")
-    add("--device", help="cuda, cuda:1, mps or cpu instead of the best there is")
+    add("--device", help="cuda, cuda:1, mps or cpu; the default is the best there is")
     add(
         "--amp",
         choices=("bf16", "fp16", "none"),
-        help="number format of convs (GPUs that have it train in bf16)",
+        help="number format of convs (bf16 in training on GPUs that have it)",
     )
     add("--compile", action=yes, help="compile the model: minutes at first, then faster; needs a compiler")
     return parser
@@ -139,8 +173,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.workers is None:  # torch warns of more than there are cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.workers = min(4, cores or 1)
-    args.data_root = args.data_root or DATASETS[args.dataset].default_root
+    args.data_root = args.data_root or DATA_ROOTS[args.dataset]
     return args
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """The arguments of `DeepLabv3` that the flags give."""
+    keys = ("backbone", "weight_std", "beta", "output_stride", "multi_grid", "aspp_rates")
+    options = {key: getattr(args, key) for key in keys} | {"num_groups": args.groups}
+    options["image_pooling"] = None if args.no_image_pooling is None else not args.no_image_pooling
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def inference_options(args: argparse.Namespace) -> dict:
+    """The arguments of `deeplab.Inference` that the flags give."""
+    return {
+        "scales": tuple(args.scales),
+        "flip": args.flip,
+        "amp": args.amp,
+        "batch_size": args.eval_batch_size,
+        "max_side": args.max_side,
+    }
 
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
@@ -166,11 +219,9 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     if args.plots and not (args.train or evaluates):
         parser.error("--plots draws a training run or the confusion matrix of an evaluation: leave it out")
     if args.train and args.split:
-        parser.error("--split is for evaluation: training reads the train part, and validates on val")
+        parser.error("--split is for evaluation: training reads train, and validates on val")
     if args.train and args.checkpoint:
-        parser.error(
-            "--train does not read --checkpoint: use --resume to go on, --init to begin from weights"
-        )
+        parser.error("--train does not read --checkpoint: --resume continues one, --init begins from one")
     if not args.exp and (args.train or (evaluates and not args.checkpoint)):
         parser.error("--exp NAME is needed: it names the checkpoints; to try it out, add --dataset shapes")
     if args.exp and (os.path.basename(args.exp) != args.exp or not args.exp.isprintable()):
@@ -186,7 +237,7 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     if not all(0.1 <= scale <= 4 for scale in args.scales):
         parser.error("--scales are between 0.1 and 4")
     if args.resume and args.init:
-        parser.error("--resume goes on with a run and --init begins one: leave one of them out")
+        parser.error("--resume continues a run and --init begins one: leave one of them out")
     if not args.train and (args.resume or args.init):
         parser.error("--resume and --init go with --train; to evaluate a file, use --checkpoint")
     if args.freeze_bn and args.groups:

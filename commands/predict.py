@@ -13,22 +13,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deeplab import DeepLabv3, autocast, enlarge, to_pixels, to_rgb
-from files.images import header_sizes, open_image
-from files.lists import Pairs, is_image_name
+from datasets import batches_of_one_size
+from deeplab import DeepLabv3, Inference
+from files.images import enlarge, read_image, shrink, upright_size
+from files.lists import is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
-from utils import UserError, ahead, end_if_stopped, progress, save_csv
+from files.whole import save_csv
+from utils import UserError, ahead, end_if_stopped, progress
 
 
 def image_files(paths: Sequence[str], out: str) -> list[str]:
     """The files of these paths, each once; the results go to the folder `out`.
 
     A folder stands for the images in it, a pattern such as `photos/**/*.jpg` for what it matches, and `-` for
-    the paths on standard input, one a line.
-
-    Raises:
-        UserError: if there are none, or a folder or a pattern leads to `out`.
-    """
+    the paths on standard input, one a line. Raises UserError if there are none, or a folder or a pattern
+    leads to `out`."""
     files = {}
     for path in (path for word in paths for path in (read_paths() if word == "-" else [word])):
         found = [path]
@@ -62,62 +61,66 @@ class Photo(NamedTuple):
 
 
 def read_photo(path: str, max_side: int) -> Photo | UserError:
-    """The image in a file, or what is wrong with it; see `deeplab.to_pixels`."""
+    """The image in a file, or what is wrong with it."""
     try:
-        image = to_rgb(open_image(path))
-        return Photo(image, to_pixels(image, max_side))
+        image = read_image(path)
     except UserError as error:
         return error
+    return Photo(image, torch.from_numpy(np.array(shrink(image, max_side))).permute(2, 0, 1))
+
+
+def read_size(path: str) -> tuple[int, int] | None:
+    """Width and height of the image in a file; None if it cannot be read, which its turn will tell."""
+    try:
+        return upright_size(path)
+    except UserError:
+        return None
 
 
 def predict_files(
-    model: DeepLabv3,
-    files: Sequence[str],
-    out: str,
-    batch_size: int = 4,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    max_side: int = 2049,
-    amp: str | None = None,
-    confidence: bool = False,
+    model: DeepLabv3, files: Sequence[str], out: str, inference: Inference, confidence: bool = False
 ) -> int:
-    """Write what the model sees in each image to the folder `out`, see `write_result`, and the shares of the
-    classes to `out`/predictions.csv. What is wrong with an image is said, and the others are done.
+    """Write what the model predicts for each image to the folder `out`, see `write_result`, and the shares of
+    the classes to `out`/predictions.csv. What is wrong with an image is printed, and the others are done.
 
-    `batch_size` images of one size go through the network together, while other threads decode the next ones
-    and write the last. Other arguments as for `DeepLabv3.predict`.
+    Images of one size go through the network together, while other threads decode the next ones and write the
+    last.
 
     Returns:
         how many could not be predicted.
     """
-    stems, batches = unique_stems(files), batches_of_one_size(files, batch_size)
+    names = unique_names(files)
+    with ThreadPoolExecutor() as pool:
+        sizes = list(progress(ahead(pool, read_size, files), "reading sizes", len(files)))
+    batches = batches_of_one_size(sizes, inference.batch_size)
 
     def predicted() -> Iterator[tuple]:
         in_order = chain.from_iterable(batches)
-        read_ahead = ahead(pool, lambda index: read_photo(files[index], max_side), in_order, batch_size)
+        photos = ahead(
+            pool, lambda i: read_photo(files[i], inference.max_side), in_order, inference.batch_size
+        )
         for batch in batches:
             end_if_stopped()
-            found = [(index, next(read_ahead)) for index in batch]
+            found = [(index, next(photos)) for index in batch]
             yield from ((i, error) for i, error in found if isinstance(error, UserError))
-            photos = [(i, photo) for i, photo in found if isinstance(photo, Photo)]
             # Of one size, unless a file has changed meanwhile.
-            for _, group in groupby(photos, lambda each: each[1].pixels.shape):
+            read = [(i, photo) for i, photo in found if isinstance(photo, Photo)]
+            for _, group in groupby(read, lambda item: item[1].pixels.shape):
                 group = list(group)
-                pixels = [photo.pixels for _, photo in group]
-                results = predict_batch(model, pixels, scales, flip, amp, confidence)
+                results = predict_batch(model, [photo.pixels for _, photo in group], inference, confidence)
                 for (index, photo), result in zip(group, results, strict=True):
                     yield index, photo.image, *result
 
     def write(task: tuple) -> tuple[int, np.ndarray | UserError]:
         index, found, *result = task
         try:
-            return index, write_result(f"{out}/{stems[index]}", found, *result, model) if result else found
+            return index, write_result(f"{out}/{names[index]}", found, *result, model) if result else found
         except UserError as error:
             return index, error
 
     shares = {}
     with ThreadPoolExecutor() as pool:
-        written = ahead(pool, write, predicted(), batch_size)
+        written = ahead(pool, write, predicted(), inference.batch_size)
         for index, result in progress(written, "predicting", len(files)):
             if isinstance(result, UserError):
                 print(f"main.py: error: {result}", file=sys.stderr)
@@ -130,18 +133,12 @@ def predict_files(
 
 @torch.inference_mode()
 def predict_batch(
-    model: DeepLabv3,
-    pixels: list[Tensor],
-    scales: Sequence[float],
-    flip: bool,
-    amp: str | None,
-    confidence: bool,
+    model: DeepLabv3, pixels: list[Tensor], inference: Inference, confidence: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Of each image uint8 (3, H, W), all of one size, the labels uint8 (H, W) and, with `confidence`, their
+    """For each image uint8 (3, H, W), all of one size, the labels uint8 (H, W) and, with `confidence`, their
     probabilities float32 (H, W)."""
     images = torch.stack(pixels).to(model.pixel_mean.device)
-    with autocast(images.device, amp):
-        best, labels = model.segment(images, scales, flip, softmax=confidence).max(1)
+    best, labels = model.segment(images, inference, softmax=confidence).max(1)
     best = best.cpu().numpy() if confidence else [None] * len(pixels)
     return zip(labels.byte().cpu().numpy(), best, strict=True)
 
@@ -168,24 +165,3 @@ def write_result(
         grey = Image.fromarray((255 * best).round().astype(np.uint8))
         save_image(f"{path}_confidence.png", grey.resize(image.size, Image.Resampling.BILINEAR))
     return np.bincount(labels.ravel(), minlength=len(model.classes)) / labels.size
-
-
-def unique_stems(files: Sequence[str]) -> list[str]:
-    """The files' names without their endings, those of several files told apart."""
-    stems, taken = [], set()
-    for path in files:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        while stem.lower() in taken:  # images of one name, from several folders or in several formats
-            stem += "_"
-        taken.add(stem.lower())  # some disks see no case
-        stems.append(stem)
-    return stems
-
-
-def batches_of_one_size(files: Sequence[str], batch_size: int) -> list[list[int]]:
-    """The numbers of the files, in batches of images that have one size."""
-    groups: dict[tuple[int, int] | str, list[int]] = {}
-    sizes = header_sizes(Pairs("", ((path, None) for path in files)))
-    for index, size in enumerate(progress(sizes, "reading sizes", len(files))):
-        groups.setdefault(size, []).append(index)  # what cannot be read forms a group of its own
-    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]

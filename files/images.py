@@ -1,96 +1,109 @@
-"""Image files: opened, and their sizes told by their headers alone."""
+"""Images from a file's bytes to upright RGB, and their sizes by the headers alone."""
 
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import struct
+from collections.abc import Callable
+from functools import partial
 
-from PIL import ExifTags, Image
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin
 
-from deeplab import TURNS, turn_of
-from files.lists import Pairs
-from utils import UserError, ahead, outlive_stop_signals
+from utils import UserError
+
+# Pillow refuses a PNG for its metadata, which nobody looks at, from 1 MB on.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
+# What shows a stored image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 
 def open_image(path: str, load: bool = True) -> Image.Image:
-    """The image in a file, decoded if `load`.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """The image in a file as it is stored, decoded if `load`. Raises UserError if it cannot be read."""
     try:
-        picture = Image.open(path)
+        image = Image.open(path)
         if load:
-            picture.load()
-        return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).replace(repr(path), "it").split())
-        raise UserError(f"cannot read {path}: {reason}") from error
+            image.load()
+        return image
+    except MemoryError:
+        raise
+    except Exception as error:  # what a decoder raises depends on the format and on where the damage lies
+        reason = getattr(error, "strerror", None) or str(error).replace(repr(path), "it")
+        raise UserError(f"cannot read {path}: {reason or type(error).__name__}") from error
 
 
-def check_sizes(image: str, image_size: Sequence[int], mask: str, mask_size: Sequence[int]) -> None:
-    """Raises:
-    UserError: if the (width, height) of two files differ.
-    """
+def read_image(path: str) -> Image.Image:
+    """The image in a file as 8-bit RGB, see `to_rgb`. Raises UserError if it cannot be read."""
+    return to_rgb(open_image(path))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB, upright, transparency on white."""
+    image = upright(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, whatever Pillow's version calls them
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image, turned as its EXIF orientation says."""
+    # Not ImageOps.exif_transpose: that writes the EXIF anew, and fails if another tag of it is damaged.
+    image.load()  # which turns a TIFF
+    turn = turn_of(image.getexif)
+    return image if turn is None else image.transpose(turn)
+
+
+def turn_of(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
+    """What shows an image upright; None for nothing, or if its EXIF is damaged, which viewers ignore, too."""
+    try:
+        return TURNS.get(getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, TypeError, ValueError, struct.error):
+        return None
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of an image, turned as its EXIF orientation says, by its header alone. Raises
+    UserError if it cannot be read."""
+    image = open_image(path, load=False)
+    size = image.size
+    if image.format == "TIFF":  # some versions of Pillow have turned it already
+        size = tuple(image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+    # Not image.getexif(): for a PNG that decodes the file, as the tag may stand behind the pixels.
+    turn = turn_of(partial(Image.Image.getexif, image))
+    return size[::-1] if turn in SIDEWAYS else size
+
+
+def header_size(image_path: str, mask_path: str | None) -> tuple[int, int]:
+    """Height and width of an image, by its header, which its mask must have, too. Raises UserError if one of
+    them cannot be read, or their sizes differ."""
+    size = upright_size(image_path)
+    if mask_path:
+        check_sizes(image_path, size, mask_path, upright_size(mask_path))
+    return size[::-1]
+
+
+def check_sizes(image: str, image_size: tuple[int, int], mask: str, mask_size: tuple[int, int]) -> None:
+    """Raises UserError if the (width, height) of two files differ."""
     if tuple(image_size) != tuple(mask_size):
         sizes = ["x".join(map(str, size)) for size in (mask_size, image_size)]
         raise UserError(f"{mask} is {sizes[0]}, but its image {image} is {sizes[1]}")
 
 
-def header_sizes(pairs: Pairs) -> Iterator[tuple[int, int] | str]:
-    """For each pair the height and width of its image, or what is wrong with the two, as the headers tell."""
-    starts = range(0, len(pairs), 100)
-    chunks = ([pairs[i] for i in range(start, min(start + 100, len(pairs)))] for start in starts)
-    if len(pairs) > 10_000:  # processes, for reading headers is Python's work
-        pool = ProcessPoolExecutor(initializer=outlive_stop_signals, initargs=(0,))
-    else:
-        pool = ThreadPoolExecutor()  # so that a slow disk is not waited for once a file
-    with pool:
-        for sizes in ahead(pool, header_sizes_of, chunks):
-            yield from sizes
+def shrink(image: Image.Image, max_side: int) -> Image.Image:
+    """An image, made smaller if a side is longer than `max_side`."""
+    factor = min(1.0, max_side / max(image.size))
+    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
 
 
-def header_sizes_of(pairs: list[tuple[str, str | None]]) -> list[tuple[int, int] | str]:
-    found = []
-    for image_path, mask_path in pairs:
-        try:
-            size = upright_size(open_image(image_path, load=False))
-            if mask_path:
-                check_sizes(image_path, size, mask_path, upright_size(open_image(mask_path, load=False)))
-            found.append(size[::-1])
-        except UserError as error:
-            found.append(str(error))
-    return found
-
-
-# Where a PNG keeps an orientation: in Pillow's words, and as the bytes of the file.
-PNG_ORIENTATION = {
-    "exif": b"eXIf",
-    "Raw profile type exif": b"Raw profile type exif",  # ImageMagick's way
-    "XML:com.adobe.xmp": b"XML:com.adobe.xmp",
-}
-
-
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of a picture of `open_image`, turned as its EXIF orientation says.
-
-    Raises:
-        UserError: if that takes decoding, and it cannot be.
-    """
-    stored = picture.size
-    if picture.format == "TIFF":  # some versions of Pillow have turned it already
-        stored = tuple(picture.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-    if picture.format == "PNG" and "exif" not in picture.info:
-        # Asked for it, Pillow decodes the whole file, for the tag may stand at its end. It seldom does.
-        end = file_end(picture.filename)
-        if not any(key in picture.info or mark in end for key, mark in PNG_ORIENTATION.items()):
-            return stored
-        picture = open_image(picture.filename)
-    sideways = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
-    return stored[::-1] if turn_of(picture) in sideways else stored
-
-
-def file_end(path: str) -> bytes:
-    """The last 128 KiB of a file, or all of it."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - (1 << 17)))
-        return file.read()
+def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 labels (H, W) at the (width, height) that the image had before `shrink`."""
+    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))

@@ -2,12 +2,12 @@
 
 import os
 import zlib
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob
 
-from utils import UserError, read_lines, write_whole
+from files.whole import read_lines, write_whole
+from utils import UserError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # Names of folders, in lower case, that are splits.
@@ -15,46 +15,12 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 SPLIT_FOLDERS |= {"test": "test", "testing": "test"}
 
 
-class Pairs(Sequence):
-    """The (image path, mask path) of many samples; without a mask the second is None.
-
-    The names, relative to `root`, lie in one buffer: some 100 bytes a sample, shared with forked processes.
-    """
-
-    def __init__(self, root: str, pairs: Iterable[tuple[str, str | None]]):
-        self.root, self.buffer, self.ends = root, bytearray(), array("Q", [0])
-        self.masked = 0  # how many have a mask
-        for image, mask in pairs:
-            self.buffer += os.fsencode(f"{image}\0{mask or ''}")
-            self.ends.append(len(self.buffer))
-            if mask is not None:
-                self.masked += 1
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def names(self, index: int) -> tuple[str, str | None]:
-        """The two of a sample, relative to the root."""
-        names = self.buffer[self.ends[index] : self.ends[index + 1]]
-        image, _, mask = os.fsdecode(bytes(names)).partition("\0")
-        return image, mask or None
-
-    def __getitem__(self, index: int) -> tuple[str, str | None]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        image, mask = self.names(index)
-        return os.path.join(self.root, image), mask and os.path.join(self.root, mask)
-
-    def take(self, indices: Iterable[int]) -> "Pairs":
-        return Pairs(self.root, map(self.names, indices))
+Pairs = list[tuple[str, str | None]]  # the paths of the image and the mask of each sample
 
 
 def find_samples(root: str, split: str) -> Pairs:
     """The samples of a split: of `root`/list/`split`.txt or, without a folder list, of images and masks.
-
-    Raises:
-        UserError: if there are none, or a line or a folder is not as it should be.
-    """
+    Raises UserError if there are none, or a line or a folder is not as it should be."""
     if os.path.isdir(os.path.join(root, "list")):
         return read_list(root, split, "--data_root names the folder that holds it")
     if os.path.isdir(os.path.join(root, "images")):
@@ -64,36 +30,28 @@ def find_samples(root: str, split: str) -> Pairs:
     raise UserError(f"{root} has neither list/{split}.txt nor the folders images and masks")
 
 
-def read_list(root: str, name: str, remedy: str) -> Pairs:
+def read_list(root: str, name: str, hint: str) -> Pairs:
     """The samples of `root`/list/`name`.txt: `/image /mask` a line, relative to `root`, or in test.txt
-    `/image` alone; with a tab between the two, there may be spaces in their names.
-
-    Raises:
-        UserError: if the list is missing, or a line is malformed.
-    """
-    path = os.path.join(root, "list", f"{name}.txt")
-
-    def pairs() -> Iterator[tuple[str, str | None]]:
-        for number, line in read_lines(path, f"{remedy}; --dataset shapes needs no files"):
-            names = [name.strip().lstrip("/") for name in line.split("\t" if "\t" in line.strip() else None)]
-            if len(names) == 1 and name == "test":
-                yield names[0], None
-            elif len(names) == 2:
-                yield names[0], names[1]
-            else:
-                hint = "a tab between them, where names have spaces"
-                raise UserError(f"{path}:{number}: expected `/image /mask` ({hint}), got {line!r}")
-
-    return Pairs(root, pairs())
+    `/image` alone; with a tab between the two, there may be spaces in their names. Raises UserError if the
+    list is missing, or a line is malformed."""
+    path, pairs = os.path.join(root, "list", f"{name}.txt"), []
+    for number, line in read_lines(path, f"{hint}; --dataset shapes needs no files"):
+        names = [name.strip().lstrip("/") for name in line.split("\t" if "\t" in line.strip() else None)]
+        paths = [os.path.join(root, name) for name in names]
+        if len(paths) == 1 and name == "test":
+            pairs.append((paths[0], None))
+        elif len(paths) == 2:
+            pairs.append((paths[0], paths[1]))
+        else:
+            expected = "expected `/image /mask` (a tab between them, where names have spaces)"
+            raise UserError(f"{path}:{number}: {expected}, got {line!r}")
+    return pairs
 
 
 def make_voc_lists(folder: str) -> None:
     """Write list/val.txt and list/train_aug.txt from what is in the folder VOC2012: the validation images of
-    VOC 2012, and every other mask of SegmentationClassAug (10,582 of them).
-
-    Raises:
-        UserError: if the masks or VOC's own list are missing.
-    """
+    VOC 2012, and every other mask of SegmentationClassAug (10,582 of them). Raises UserError if the masks or
+    VOC's own list are missing."""
     path = os.path.join(folder, "ImageSets", "Segmentation", "val.txt")
     masks = os.path.join(folder, "SegmentationClassAug")
     try:
@@ -119,11 +77,8 @@ def pair_folders(root: str, split: str) -> Pairs:
     in something that is common to all, such as `_mask`.
 
     The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`). Without them a hash of
-    its name puts each fifth image in val: it stays there on every machine, and when others come.
-
-    Raises:
-        UserError: if the two do not match.
-    """
+    its name puts each fifth image in val: it stays there on every machine, and when others come. Raises
+    UserError if the two do not match."""
     images, masks = (images_below(os.path.join(root, name)) for name in ("images", "masks"))
     suffix = common_suffix(images, masks)
     stems = {name.removesuffix(suffix): path for name, path in masks.items()}
@@ -147,9 +102,8 @@ def pair_folders(root: str, split: str) -> Pairs:
     if not part:
         hint = f"put some in images/{split} and masks/{split}, or write list/{split}.txt"
         raise UserError(f"{root} has no images of the {split} part ({len(images)} in all): {hint}")
-    names = sorted(part)
-    mask_of = {name: f"masks/{masks[name]}" for name in names if name in masks}
-    return Pairs(root, ((f"images/{images[name]}", mask_of.get(name)) for name in names))
+    mask_of = {name: os.path.join(root, "masks", path) for name, path in masks.items()}
+    return [(os.path.join(root, "images", images[name]), mask_of.get(name)) for name in sorted(part)]
 
 
 def is_image_name(name: str) -> bool:
@@ -164,11 +118,8 @@ def split_of(name: str) -> str | None:
 
 
 def images_below(folder: str) -> dict[str, str]:
-    """The image files in a folder and those in it, by their paths relative to it without the endings.
-
-    Raises:
-        UserError: if two of them differ in their endings alone.
-    """
+    """The image files in a folder and those in it, by their paths relative to it without the endings. Raises
+    UserError if two of them differ in their endings alone."""
     found = {}
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
@@ -186,3 +137,28 @@ def common_suffix(images: dict[str, str], masks: dict[str, str]) -> str:
     some = list(masks)[:100]
     behind = Counter(name[i:] for name in some for i in range(1, len(name) + 1) if name[:i] in images)
     return behind.most_common(1)[0][0] if behind else ""
+
+
+def unique_names(paths: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """A name for the result of each file: its own without the ending, with as many of its folders as tell it
+    from the others, whatever their case. It leads out of no folder, and is none of `taken`."""
+    parts = [[p for p in os.path.normpath(path).split(os.sep) if p not in ("", os.pardir)] for path in paths]
+    stems = [[*folders, os.path.splitext(name)[0]] for *folders, name in parts]
+    names, used = [""] * len(paths), set(taken)
+    left, depth = range(len(paths)), 1
+    while left and depth <= max(map(len, parts)):
+        found = {i: "/".join(stems[i][-depth:]) for i in left}
+        counts = Counter(name.lower() for name in found.values())
+        for i, name in found.items():
+            if counts[name.lower()] == 1 and name.lower() not in used:
+                names[i] = name
+        used.update(names[i].lower() for i in left)
+        left, depth = [i for i in left if not names[i]], depth + 1
+    copies: Counter = Counter()
+    for i in left:  # files that differ in their endings alone, or one that is given several times
+        path = "/".join(parts[i])
+        while (name := f"{path}-{copies[path]}" if copies[path] else path).lower() in used:
+            copies[path] += 1
+        names[i] = name
+        used.add(name.lower())
+    return names

@@ -8,10 +8,16 @@ import numpy as np
 from PIL import Image
 
 from files.pictures import Palette, voc_palette
-from utils import IGNORE_INDEX, UserError, read_lines
+from files.whole import read_lines
+from utils import IGNORE_INDEX, UserError
 
 MAX_CLASSES = 255  # a label is a byte, of which IGNORE_INDEX is one value
 IGNORE = "ignore"  # the name that is no class
+VOC_CLASSES = [
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+    *("sheep", "sofa", "train", "tvmonitor"),
+]
 COLOR_MODES = ("RGB", "RGBA")  # Pillow's, of masks that go by colours
 
 
@@ -39,8 +45,7 @@ class Labels:
         self.classes, self.palette, self.source = classes, palette, source
         self.others_ignored = others_ignored
         values = {i: i for i in range(len(classes))} if values is None else values
-        # Whether 255 is ignored by default alone.
-        self.by_default = IGNORE_INDEX not in values
+        self.ignored_by_default = IGNORE_INDEX not in values  # not because somebody wrote it
         self.values = {IGNORE_INDEX: IGNORE_INDEX, **values}
         # Colours as the numbers that their bytes in memory are.
         self.colors = {r | g << 8 | b << 16: label for (r, g, b), label in (colors or {}).items()}
@@ -50,11 +55,8 @@ class Labels:
         """The labels, uint8 (H, W), of a mask that `images.open_image` has opened from `path`.
 
         Masks of one byte a pixel (grey, palette or bits) and of 16 or 32 bits go by the pixels' values, RGB
-        and RGBA masks by the colours.
-
-        Raises:
-            UserError: for a pixel that is no class and not ignored, or a mask of another kind.
-        """
+        and RGBA masks by the colours. Raises UserError for a pixel that is no class and not ignored, or a
+        mask of another kind."""
         if picture.mode in COLOR_MODES:
             self.check_colors(path)
             # Pillow has four bytes for each pixel in memory; the last is alpha, or nothing.
@@ -107,9 +109,7 @@ class Labels:
         return f"{path}: {what} at x {x}, y {y}, {count} pixels of it; {mend}"
 
     def check_colors(self, path: str) -> None:
-        """Raises:
-        UserError: if the colours of this RGB mask cannot tell the classes apart.
-        """
+        """Raises UserError if the colours of this RGB mask cannot tell the classes apart."""
         if self.colors and sum(label != IGNORE_INDEX for label in self.colors.values()) == len(self.classes):
             return
         if not self.source:
@@ -125,10 +125,7 @@ def read_classes(path: str) -> Labels:
 
     The colours tell the classes apart in RGB masks, the values in others. A class without values is the next
     number, from 0, that `ignore` does not name. `ignore = v [v ...]` and `ignore r g b` are not learned.
-
-    Raises:
-        UserError: if the file is missing, a line is malformed, or two lines contradict each other.
-    """
+    Raises UserError if the file is missing, a line is malformed, or two lines contradict each other."""
     lines = [(n, *split_line(path, n, line)) for n, line in read_lines(path, "it names the classes")]
     ignored = {value for _, name, _, given in lines if name == IGNORE for value in given}
     free = iter(number for number in range(len(lines) + len(ignored)) if number not in ignored)
@@ -161,11 +158,8 @@ def read_classes(path: str) -> Labels:
 
 
 def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[int]]:
-    """Name, colour (empty if none) and values (empty if none) of a line of classes.txt.
-
-    Raises:
-        UserError: if it is no such line.
-    """
+    """Name, colour (empty if none) and values (empty if none) of a line of classes.txt. Raises UserError if
+    it is no such line."""
     left, equals, right = line.partition("=")
     words, color, values = left.split(), [], right.split()
     if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):

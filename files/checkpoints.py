@@ -1,0 +1,355 @@
+"""The format of a checkpoint: reading it as data, the model it holds, its weights, the progress of training.
+
+A checkpoint is a dict. Published ones have `epoch`, `state_dict`, whose names begin with `module.`, and
+`optimizer`; ours have also `model` (the arguments of DeepLabv3) and what else `Training.save` writes.
+"""
+
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import get_model_weights
+
+from files.masks import VOC_CLASSES
+from files.pictures import Palette, voc_palette
+from files.whole import write_whole
+from utils import UserError
+
+IMAGENET_GN_WS = "R-101-GN-WS.pth.tar"  # ResNet-101 with GN+WS, from the Weight Standardization authors
+BACKBONES = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the number of blocks in layer3
+FLAG_NAMES = {
+    "num_groups": "groups",
+    "num_classes": "dataset (number of classes)",
+    "image_pooling": "no_image_pooling",
+}
+# Flags whose change in a resumed run is printed.
+RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_lr", "last_mult", "freeze_bn"]
+RUN_FLAGS += ["seed", "class_weights"]
+
+
+def read(path: str) -> dict:
+    """Read a checkpoint as data: nothing in it is executed.
+
+    Returns the file's dict; its `state_dict` (the whole dict where the file is a flat one) has names without
+    the prefix `module.`. Reads torch's zip format and the legacy one of the published files. Raises UserError
+    if the file cannot be read, is no checkpoint, or would run code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():
+            raise UserError(f"{path} is refused: it is a pickle that names code, not only tensors") from error
+        raise UserError(f"{path} is not a PyTorch checkpoint") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        # What torch.load raises on a damaged file depends on where the damage lies.
+        raise UserError(f"{path} is damaged or not a PyTorch checkpoint: fetch or write it again") from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    if not state or not tensors:
+        raise UserError(f"{path} holds no state_dict of tensors")
+    config, names = checkpoint.get("model", {}), checkpoint.get("classes", [])
+    if not isinstance(config, dict) or any(isinstance(value, Tensor) for value in config.values()):
+        raise UserError(f"{path} does not say what model it holds")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} does not name its classes")
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
+
+
+def load_imagenet(model: nn.Module) -> None:
+    """Start the trunk from ImageNet: torchvision's weights for BN, `data/R-101-GN-WS.pth.tar` for GN+WS.
+    Raises UserError if there are no such weights, they cannot be fetched, or a tensor of the trunk is not
+    among them."""
+    config = model.config
+    if bool(config["num_groups"]) != config["weight_std"]:
+        given = "only BN and GN+WS have an ImageNet start"
+        raise UserError(f"{given}: give both of --groups and --weight_std, or --scratch")
+    path, source = imagenet_gn_ws(config) if config["weight_std"] else imagenet_bn(config)
+    # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
+    fresh = ("aspp.", "conv1.") if config["beta"] else "aspp."
+    trunk = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(fresh) and not key.endswith("num_batches_tracked")
+    }
+    missing = [key for key, tensor in trunk.items() if key not in source or source[key].shape != tensor.shape]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of the trunk's {len(trunk)} tensors are not in it: {missing[0]}"
+        )
+    model.load_state_dict({key: source[key] for key in trunk}, strict=False)
+
+
+def imagenet_gn_ws(config: dict) -> tuple[str, dict[str, Tensor]]:
+    """The path of the GN+WS weights, and the weights."""
+    if config["backbone"] != "resnet101":
+        given = f"GN+WS has an ImageNet start for resnet101 only, not {config['backbone']}"
+        raise UserError(f"{given}: add --scratch")
+    path = os.path.join("data", IMAGENET_GN_WS)
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing: `python main.py --download gn_ws_imagenet`, or add --scratch")
+    return path, read(path)["state_dict"]
+
+
+def imagenet_bn(config: dict) -> tuple[str, dict[str, Tensor]]:
+    """The path of torchvision's weights, and the weights: from `data/`, from torch.hub's cache, or downloaded
+    there with their hash checked."""
+    url = get_model_weights(config["backbone"]).IMAGENET1K_V1.url
+    path = os.path.join("data", os.path.basename(url))
+    folder = "data" if os.path.exists(path) else None  # None is torch.hub's cache
+    try:
+        return path, torch.hub.load_state_dict_from_url(
+            url, model_dir=folder, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (OSError, URLError, RuntimeError) as error:
+        raise UserError(f"cannot get {url} ({error}): put that file at {path}, or add --scratch") from error
+
+
+def is_published(checkpoint: dict) -> bool:
+    """Whether a checkpoint is in the published format, which does not tell its model, and not one of ours."""
+    return "model" not in checkpoint
+
+
+def model_config(checkpoint: dict, path: str) -> dict:
+    """The arguments of `DeepLabv3` that a checkpoint of `read` was trained with.
+
+    Ours name them under `model`. For a published one they follow from the names and shapes; what these do not
+    show (the number of groups, the rates) is as published: GN comes as 32 groups with weight standardisation.
+    Raises UserError if these are not the weights of a DeepLabv3."""
+    if not is_published(checkpoint):
+        return checkpoint["model"]
+    state = checkpoint["state_dict"]
+    backbone = BACKBONES.get(len({key.split(".")[1] for key in state if key.startswith("layer3.")}))
+    kernels = []
+    while f"aspp.aspp{len(kernels) + 1}.weight" in state:
+        kernels.append(state[f"aspp.aspp{len(kernels) + 1}.weight"].shape[-1])
+    if backbone is None or kernels[:2] != [1, 3] or "aspp.conv3.weight" not in state:
+        expected = "layer1 to layer4 of a ResNet, and aspp"
+        raise UserError(f"{path} does not hold the weights of a DeepLabv3 ({expected})")
+    group_norm = "bn1.running_mean" not in state
+    return {
+        "backbone": backbone,
+        "num_classes": state["aspp.conv3.weight"].shape[0],
+        "num_groups": 32 if group_norm else None,
+        "weight_std": group_norm,
+        "beta": "conv1.0.weight" in state,
+        "aspp_rates": [6 * (i + 1) for i in range(kernels.count(3))],
+        "image_pooling": kernels[-1] == 1,
+    }
+
+
+def differing_flags(config: dict, checkpoint: dict, path: str) -> list[str]:
+    """The flags in which a model's `config` differs from the model of a checkpoint, with both values.
+
+    The output stride may differ: no weight depends on it. Of a published checkpoint's groups and atrous rates
+    only their presence and their number are known, and of weight standardisation nothing. Raises UserError as
+    `model_config`."""
+    saved, known, unknown = model_config(checkpoint, path), {}, {"output_stride"}
+    if is_published(checkpoint):
+        known, unknown = {"num_groups": bool, "aspp_rates": len}, {"output_stride", "weight_std"}
+    differing = []
+    for key in saved.keys() - unknown:
+        value, expected = saved[key], config.get(key)
+        shown = known.get(key, lambda value: value)
+        if shown(value) != shown(expected):
+            differing.append(f"--{FLAG_NAMES.get(key, key)} (checkpoint: {value}, here: {expected})")
+    return sorted(differing)
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
+    """Load all of a checkpoint of `read` into a `DeepLabv3`.
+
+    `num_batches_tracked` may be absent, as in some published files. Raises UserError if the checkpoint is of
+    another model (naming the flags that differ), or is damaged."""
+    if differing := differing_flags(model.config, checkpoint, path):
+        raise UserError(f"{path} was trained with other flags: {', '.join(differing)}")
+    state, expected = checkpoint["state_dict"], model.state_dict()
+    for key, tensor in expected.items():
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, tensor)
+        elif key not in state or state[key].shape != tensor.shape:
+            found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
+            raise UserError(f"{path}: {key} {found}, expected {tuple(tensor.shape)}")
+        elif not state[key].is_floating_point():
+            raise UserError(f"{path}: {key} is of type {state[key].dtype}, expected {tensor.dtype}")
+        elif not state[key].isfinite().all():
+            raise UserError(f"{path}: {key} holds values that are not finite")
+    if unknown := [key for key in state if key not in expected]:
+        raise UserError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
+    model.load_state_dict(state)
+
+
+def init_weights(model: nn.Module, path: str) -> None:
+    """Load a checkpoint to start from: all of it, or all but the classifier if its number of classes differs.
+
+    Prints what it starts from. Raises UserError as `load_weights` and `compare_classes`."""
+    checkpoint, own = read(path), model.state_dict()
+    state = dict(checkpoint["state_dict"])
+    classifier = ("aspp.conv3.weight", "aspp.conv3.bias")
+    left_out = [key for key in classifier if key in state and state[key].shape != own[key].shape]
+    state.update({key: own[key] for key in left_out})
+    checkpoint = {**checkpoint, "state_dict": state}
+    if not is_published(checkpoint):
+        checkpoint["model"] = {**checkpoint["model"], "num_classes": model.config["num_classes"]}
+    load_weights(model, checkpoint, path)
+    if not left_out:
+        compare_classes(checkpoint.get("classes", model.classes), path, model.classes)
+    print(f"starts from {path}" + (f" without {' and '.join(left_out)}" if left_out else ""))
+
+
+def classes(checkpoint: dict, path: str) -> tuple[Sequence[str] | None, Palette | None]:
+    """The names of a checkpoint's classes and their colours. A published one with 21 classes has VOC's, and
+    one with another number None. Raises UserError if a checkpoint of ours does not tell them."""
+    if is_published(checkpoint):
+        voc = model_config(checkpoint, path)["num_classes"] == len(VOC_CLASSES)
+        return (VOC_CLASSES, voc_palette(len(VOC_CLASSES))) if voc else (None, None)
+    try:
+        names = checkpoint["classes"]
+        return names, np.array(checkpoint["palette"], np.uint8).reshape(len(names), 3).tolist()
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} does not name its classes and their colours") from error
+
+
+def compare_classes(names: Sequence[str], path: str, classes: Sequence[str]) -> None:
+    """Warn if a checkpoint's classes have other names than those of the data set. Raises UserError if only
+    their order differs, so that each would be taken for another."""
+    if list(names) == list(classes):
+        return
+    if sorted(names) == sorted(classes):
+        found = f"{path} was trained with the classes in another order: {', '.join(names)}"
+        raise UserError(f"{found}; give them that order")
+    print(f"{path} was trained with other names of the classes: {', '.join(names)}")
+
+
+class Best(NamedTuple):
+    """The epoch of the highest validation mean IoU so far."""
+
+    epoch: int
+    mean_iou: float
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run continues, with its progress in its own numbers."""
+
+    path: str
+    iteration: int
+    per_epoch: int
+
+
+@dataclass
+class Training:
+    """The state of a training run, which saves and resumes itself.
+
+    No random state belongs to it: the randomness of a sample follows from (seed, epoch, index).
+
+    Args:
+        model: a `DeepLabv3`.
+        optimizer: its parameter groups are the trunk and ASPP.
+        scaler: of the loss, for fp16.
+        images, per_epoch: length of an epoch in images and in iterations.
+        flags: of the run, by name.
+        epoch: number of whole epochs that are done.
+        iteration: number of iterations that are done.
+        best: the best epoch so far.
+        resumed: the checkpoint that the run continues.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    images: int
+    per_epoch: int
+    flags: dict
+    epoch: int = 0
+    iteration: int = 0
+    best: Best | None = None
+    resumed: Resumed | None = None
+
+    def save(self, path: str) -> None:
+        """Write a checkpoint, from which `deeplab.load` makes the model again. Raises UserError if the disk
+        is full, say; a file that stood at `path` before is untouched."""
+        entries = {
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "images": self.images,
+            "per_epoch": self.per_epoch,
+            "best": tuple(self.best) if self.best else None,
+            "state_dict": {f"module.{key}": tensor for key, tensor in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "flags": self.flags,
+            "model": self.model.config,
+            "classes": list(self.model.classes),
+            "palette": [list(color) for color in self.model.palette],
+        }
+        write_whole(path, partial(torch.save, entries))
+
+    def resume(self, path: str) -> None:
+        """Continue a checkpoint: take its weights, momentum, loss scale and progress.
+
+        If an epoch has another number of iterations now, as the list or the batch size has changed, the run
+        continues at the same fraction of the epoch. Raises UserError if the checkpoint is of another model,
+        or does not tell its progress."""
+        checkpoint = read(path)
+        load_weights(self.model, checkpoint, path)
+        compare_classes(checkpoint.get("classes", self.model.classes), path, self.model.classes)
+        try:
+            self.load_momentum(checkpoint["optimizer"])
+            if self.scaler.is_enabled() and checkpoint.get("scaler"):
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            flags = checkpoint.get("flags", {})
+            changed = [key for key in RUN_FLAGS if key in flags and self.flags[key] != flags[key]]
+            images, per_epoch = (
+                int(checkpoint.get(key, getattr(self, key))) for key in ("images", "per_epoch")
+            )
+            self.epoch, best = int(checkpoint["epoch"]), checkpoint.get("best")
+            iteration = int(checkpoint.get("iteration", self.epoch * per_epoch))
+            self.resumed = Resumed(path, iteration, per_epoch)
+            iteration = iteration * self.per_epoch // per_epoch
+            self.iteration = max(iteration, self.epoch * self.per_epoch)
+            self.best = best and Best(int(best[0]), float(best[1]))
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
+        if changed:
+            shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
+            print(f"the run continues with other flags: {shown}")
+        if (images, per_epoch) != (self.images, self.per_epoch):
+            now = f"{self.images} images in {self.per_epoch} iterations"
+            before = f"{images} images in {per_epoch} iterations as before"
+            print(f"an epoch is {now}, not {before}: the run continues at the same fraction of it")
+
+    def note_validation(self, epoch: int, mean_iou: float | None) -> None:
+        """Take the epoch for the best if it is."""
+        if mean_iou is not None and (self.best is None or mean_iou > self.best.mean_iou):
+            self.best = Best(epoch, mean_iou)
+
+    def load_momentum(self, state: dict) -> None:
+        """Take the momentum from an optimizer's state dict, and nothing else: its options may be another's.
+
+        Parameters are numbered there, trunk before ASPP; those of a frozen BatchNorm are not among them.
+        Raises LookupError, ValueError, TypeError, AttributeError if it is of another network."""
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        parameters = dict(self.model.named_parameters())
+        names = sorted(parameters, key=lambda name: name.startswith("aspp."))
+        if len(numbers) != len(names):
+            norms = {name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)}
+            names = [name for name in names if name.rpartition(".")[0] not in norms]
+        for name, number in zip(names, numbers, strict=True):
+            parameter, momentum = parameters[name], state["state"].get(number, {}).get("momentum_buffer")
+            if not parameter.requires_grad:
+                continue
+            # Zero is what a new run begins with, and in the strides of the parameter the fused step reads it.
+            own = self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if momentum is not None:
+                if momentum.shape != parameter.shape:
+                    raise ValueError("the momentum of the optimizer is of another shape")
+                own.copy_(momentum)
