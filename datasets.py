@@ -82,7 +82,9 @@ class SegmentationDataset(Dataset):
         image_path, mask_path = self.pairs[index]
         image = torch.from_numpy(np.array(read_image(image_path))).permute(2, 0, 1)
         if len(self.sizes) and tuple(self.sizes[index]) != image.shape[1:]:
-            raise UserError(f"{image_path} has changed its size since all sizes were read")
+            reason = "it has changed, or EXIF behind its pixels turns it"
+            hint = "--skip_bad reads whole files first"
+            raise UserError(f"{image_path} has another size than its header told ({reason}): {hint}")
         if mask_path is None:
             return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
         mask = torch.from_numpy(self.read_mask(index))
@@ -361,6 +363,11 @@ def load_batches(
     try:
         for batch in loader:
             yield [tensor.to(device, non_blocking=cuda) for tensor in batch]
+    except OSError as error:  # not of a sample's file, which is named
+        reason = error.strerror or error
+        raise UserError(
+            f"processes that load images cannot be started ({reason}): use --workers 0"
+        ) from error
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

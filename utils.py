@@ -3,15 +3,17 @@
 torch is imported only where it is needed: flags and downloads do without it, and it takes seconds.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import clear_frames, format_exception
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -131,10 +133,20 @@ def stop_signals() -> Iterator[None]:
 
     def note(number: int, frame) -> None:
         noted_signals.append(number)
+        for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
+            os.kill(worker.pid, signal.SIGCONT)  # a process of a loader that is stopped would be waited for
+        if len(noted_signals) == 1:
+            timer.start()
         if WORLD == 1:
             for handled in before:
                 signal.signal(handled, signal.SIG_DFL)
 
+    def kill_workers() -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    timer = threading.Timer(20, kill_workers)  # those that do not answer
+    timer.daemon = True
     noted_signals.clear()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
@@ -143,6 +155,7 @@ def stop_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -159,6 +172,39 @@ def ignore_stop_signals(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+
+
+def prepare_threads() -> None:
+    """Before torch is imported: fit its threads to the machine, unless the user has set a variable of OpenMP.
+
+    A container gets as many as its CPU quota. On a busy machine they do not spin while they wait: a spinning
+    thread keeps a core from the others, and steps take several times their share."""
+    if any(name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_")) for name in os.environ):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if (limit := math.ceil(int(quota) / int(period))) < cores:
+            os.environ["OMP_NUM_THREADS"] = str(limit)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+def describe_device(device: "device", amp: str) -> str:
+    """A device and its number format in words."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}, {amp if amp != 'none' else 'float32'}"
+    if device.type == "mps":
+        return "Apple's GPU"
+    line = f"the CPU, {torch.get_num_threads()} threads"
+    if "GOMP_SPINCOUNT" in os.environ:
+        line += ", which do not spin, as the machine is busy"
+    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia"):
+        line += ": this torch is built without CUDA, for the NVIDIA GPU install another (https://pytorch.org)"
+    return line
 
 
 def join_processes(device: "device") -> None:

@@ -203,8 +203,12 @@ def check(name: str, root: str, splits: Sequence[str]) -> int:
         title = os.path.basename(os.path.abspath(root)) if name == "custom" else name
         faults += report(parts, f"data/check/{title}.png")
     faults = list(dict.fromkeys(faults))  # once, if several splits have it
+    kinds: dict[str, list[str]] = {}  # what is to be done about it is told once
     for fault in faults:
-        print(f"main.py: error: {fault}", file=sys.stderr)
+        kinds.setdefault(fault.partition("; ")[2] or fault, []).append(fault)
+    for first, *others in kinds.values():
+        more = f" ({len(others)} other files are faulty in this way)" if others else ""
+        print(f"main.py: error: {first}{more}", file=sys.stderr)
     print(f"faults: {len(faults)}" if faults else "no fault was found")
     return len(faults)
 

@@ -1,5 +1,6 @@
 """Evaluation: a data set is predicted and compared with its truth, image by image."""
 
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from utils import (
     IGNORE_INDEX,
     RANK,
     WORLD,
+    UserError,
     ahead,
     end_if_stopped,
     percent,
@@ -214,11 +216,18 @@ def evaluate(
 
 
 def results_folder(checkpoint: str, split: str) -> str:
-    """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name."""
+    """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name.
+    Raises UserError if the results of another file are there."""
     path = os.path.relpath(checkpoint, "data")
     if path.startswith(os.pardir):
         path = os.path.basename(checkpoint)
-    return os.path.join("data", split, os.path.splitext(path)[0])
+    folder = os.path.join("data", split, os.path.splitext(path)[0])
+    if os.path.exists(f"{folder}/metrics.json"):
+        with open(f"{folder}/metrics.json", encoding="utf-8") as file:
+            other = json.load(file)["checkpoint"]
+        if os.path.realpath(other) != os.path.realpath(checkpoint):
+            raise UserError(f"{folder} has the results of {other}: move or rename one of the two")
+    return folder
 
 
 def write_results(
@@ -235,6 +244,14 @@ def write_results(
     save_csv(f"{folder}/per_image.csv", [ImageResult._fields, *rows])
     iou = dict(zip(dataset.classes, result["iou"], strict=True))
     save_json(f"{folder}/metrics.json", {**result, "iou": iou, **about})
+
+
+def print_never_predicted(classes: Sequence[str], result: dict) -> None:
+    """Print the classes that the truth has and no prediction."""
+    confusion = np.array(result["confusion"])
+    missed = np.flatnonzero((confusion.sum(1) > 0) & (confusion.sum(0) == 0))
+    if len(missed):
+        print(f"never predicted: {', '.join(classes[label] for label in missed)}")
 
 
 def print_results(classes: Sequence[str], result: dict) -> None:

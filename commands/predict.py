@@ -18,12 +18,12 @@ from deeplab import DeepLabv3, Inference
 from files.images import enlarge, read_image, shrink, upright_size
 from files.lists import is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
-from files.whole import save_csv
+from files.whole import free_name, read_csv, save_csv
 from utils import UserError, ahead, end_if_stopped, progress
 
 
 def image_files(paths: Sequence[str], out: str) -> list[str]:
-    """The files of these paths, each once; the results go to the folder `out`.
+    """The files of these paths, each once, however it is spelled; the results go to the folder `out`.
 
     A folder stands for the images in it, a pattern such as `photos/**/*.jpg` for what it matches, and `-` for
     the paths on standard input, one a line. Raises UserError if there are none, or a folder or a pattern
@@ -40,10 +40,10 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
             raise UserError(f"{path} is --out, too, and would be predicted with its masks: name another")
         if not found:
             raise UserError(f"no images in {path}: --predict takes image files, folders and patterns of them")
-        files.update(dict.fromkeys(found))
+        files.update({os.path.realpath(name): name for name in found if os.path.realpath(name) not in files})
     if not files:
         raise UserError("no paths of images came on standard input")
-    return list(files)
+    return list(files.values())
 
 
 def read_paths() -> list[str]:
@@ -54,9 +54,9 @@ def read_paths() -> list[str]:
 
 
 class Photo(NamedTuple):
-    """A decoded image: upright in RGB, and as uint8 (3, H, W) of the size to predict it at."""
+    """An image to predict: its (width, height), and uint8 (3, H, W) of the size to predict it at."""
 
-    image: Image.Image
+    size: tuple[int, int]
     pixels: Tensor
 
 
@@ -64,13 +64,16 @@ def read_photo(path: str, max_side: int) -> Photo | UserError:
     """The image in a file, or what is wrong with it."""
     try:
         image = read_image(path)
+        small = shrink(image, max_side)
     except UserError as error:
         return error
-    return Photo(image, torch.from_numpy(np.array(shrink(image, max_side))).permute(2, 0, 1))
+    except MemoryError:
+        return UserError(f"{path} does not fit into memory")
+    return Photo(image.size, torch.from_numpy(np.array(small)).permute(2, 0, 1))
 
 
 def read_size(path: str) -> tuple[int, int] | None:
-    """Width and height of the image in a file; None if it cannot be read, which its turn will tell."""
+    """Width and height of the image in a file; None if it cannot be read, as its turn will tell."""
     try:
         return upright_size(path)
     except UserError:
@@ -84,21 +87,19 @@ def predict_files(
     the classes to `out`/predictions.csv. What is wrong with an image is printed, and the others are done.
 
     Images of one size go through the network together, while other threads decode the next ones and write the
-    last.
-
-    Returns:
-        how many could not be predicted.
-    """
-    names = unique_names(files)
-    with ThreadPoolExecutor() as pool:
+    last. Returns how many could not be predicted."""
+    header, earlier = ["file", "mask", *model.classes], earlier_rows(out)
+    others = [mask for file, mask, *_ in earlier[1:] if file not in files]  # which stay
+    names = unique_names(files, {mask.removesuffix("_mask.png").lower() for mask in others})
+    max_side = inference.max_side
+    workers = os.cpu_count() or 1  # each holds a whole photo, the rest only what is predicted
+    with ThreadPoolExecutor(workers) as pool:
         sizes = list(progress(ahead(pool, read_size, files), "reading sizes", len(files)))
     batches = batches_of_one_size(sizes, inference.batch_size)
 
     def predicted() -> Iterator[tuple]:
-        in_order = chain.from_iterable(batches)
-        photos = ahead(
-            pool, lambda i: read_photo(files[i], inference.max_side), in_order, inference.batch_size
-        )
+        order = chain.from_iterable(batches)
+        photos = ahead(pool, lambda i: read_photo(files[i], max_side), order, inference.batch_size)
         for batch in batches:
             end_if_stopped()
             found = [(index, next(photos)) for index in batch]
@@ -109,26 +110,53 @@ def predict_files(
                 group = list(group)
                 results = predict_batch(model, [photo.pixels for _, photo in group], inference, confidence)
                 for (index, photo), result in zip(group, results, strict=True):
-                    yield index, photo.image, *result
+                    yield index, photo, *result
 
     def write(task: tuple) -> tuple[int, np.ndarray | UserError]:
         index, found, *result = task
+        if not result:
+            return index, found
         try:
-            return index, write_result(f"{out}/{names[index]}", found, *result, model) if result else found
+            return index, write_result(f"{out}/{names[index]}", files[index], found, *result, model)
         except UserError as error:
             return index, error
 
-    shares = {}
-    with ThreadPoolExecutor() as pool:
+    rows = {}
+    with ThreadPoolExecutor(workers) as pool:
         written = ahead(pool, write, predicted(), inference.batch_size)
         for index, result in progress(written, "predicting", len(files)):
             if isinstance(result, UserError):
                 print(f"main.py: error: {result}", file=sys.stderr)
             else:
-                shares[index] = result
-    rows = ([files[index], *(f"{share:.6f}" for share in shares[index])] for index in sorted(shares))
-    save_csv(f"{out}/predictions.csv", [["file", *model.classes], *rows])
-    return len(files) - len(shares)
+                rows[index] = [
+                    files[index],
+                    f"{names[index]}_mask.png",
+                    *(f"{share:.6f}" for share in result),
+                ]
+    save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
+    if shrunk := sum(size is not None and max(size) > max_side for size in sizes):
+        print(f"{shrunk} images are longer than --max_side {max_side}: predicted at that size, then enlarged")
+    return len(files) - len(rows)
+
+
+def earlier_rows(out: str) -> list[list[str]]:
+    """What an earlier prediction has written to predictions.csv: the header and the rows of masks that are
+    still there."""
+    path = f"{out}/predictions.csv"
+    header, *rows = (read_csv(path) if os.path.exists(path) else []) or [[]]
+    return [header, *(row for row in rows if len(row) > 1 and os.path.exists(f"{out}/{row[1]}"))]
+
+
+def save_rows(out: str, header: list[str], earlier: list[list[str]], rows: list[list[str]]) -> None:
+    """Write predictions.csv with the rows of earlier masks, too. An earlier file of other classes, whose rows
+    have other columns, is renamed."""
+    path, masks = f"{out}/predictions.csv", {row[1] for row in rows}
+    kept = [row for row in earlier[1:] if row[1] not in masks]
+    if kept and earlier[0] != header:
+        os.rename(path, copy := free_name(f"{path}.old"))
+        print(f"{path} is of other classes: it is now {copy}")
+        kept = []
+    save_csv(path, [header, *kept, *rows])
 
 
 @torch.inference_mode()
@@ -144,24 +172,21 @@ def predict_batch(
 
 
 def write_result(
-    path: str, image: Image.Image, labels: np.ndarray, best: np.ndarray | None, model: DeepLabv3
+    path: str, file: str, photo: Photo, labels: np.ndarray, best: np.ndarray | None, model: DeepLabv3
 ) -> np.ndarray:
     """Write files that begin with `path`: a palette mask, an overlay with a legend, and, if `best` tells it,
     a grey picture of the winning class's probability, where 255 is 1.
 
-    `labels` uint8 and `best` float32 are (H, W) of the size that was predicted.
-
-    Returns:
-        the share of each class.
-
-    Raises:
-        UserError: if a file cannot be written.
-    """
-    labels = enlarge(labels, image.size)
+    `labels` uint8 and `best` float32 are (H, W) of the size that was predicted. Returns the share of each
+    class. Raises UserError if a file cannot be written."""
+    shrunk = labels.shape != photo.size[::-1]
+    labels = enlarge(labels, photo.size)
     save_mask(f"{path}_mask.png", labels, model.palette)
+    # A photo that was shrunk is decoded once more, so as not to hold many of them.
+    image = read_image(file) if shrunk else Image.fromarray(photo.pixels.permute(1, 2, 0).numpy())
     picture = overlay(image, labels, model.palette)
     save_image(f"{path}_overlay.jpg", add_legend(picture, np.unique(labels), model.classes, model.palette))
     if best is not None:
         grey = Image.fromarray((255 * best).round().astype(np.uint8))
-        save_image(f"{path}_confidence.png", grey.resize(image.size, Image.Resampling.BILINEAR))
+        save_image(f"{path}_confidence.png", grey.resize(photo.size, Image.Resampling.BILINEAR))
     return np.bincount(labels.ravel(), minlength=len(model.classes)) / labels.size

@@ -5,6 +5,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from glob import glob
+from itertools import product
+from unicodedata import normalize
 
 from files.whole import read_lines, write_whole
 from utils import UserError
@@ -37,7 +39,7 @@ def read_list(root: str, name: str, hint: str) -> Pairs:
     path, pairs = os.path.join(root, "list", f"{name}.txt"), []
     for number, line in read_lines(path, f"{hint}; --dataset shapes needs no files"):
         names = [name.strip().lstrip("/") for name in line.split("\t" if "\t" in line.strip() else None)]
-        paths = [os.path.join(root, name) for name in names]
+        paths = [existing(os.path.join(root, name)) for name in names]
         if len(paths) == 1 and name == "test":
             pairs.append((paths[0], None))
         elif len(paths) == 2:
@@ -76,9 +78,9 @@ def pair_folders(root: str, split: str) -> Pairs:
     """The images below `root`/images with the masks of the same names below `root`/masks, whose names may end
     in something that is common to all, such as `_mask`.
 
-    The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`). Without them a hash of
-    its name puts each fifth image in val: it stays there on every machine, and when others come. Raises
-    UserError if the two do not match."""
+    The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`), or VOC's lists in
+    ImageSets/Segmentation. Without them a hash of its name puts each fifth image in val: it stays there on
+    every machine, and when others come. Raises UserError if the two do not match."""
     images, masks = (images_below(os.path.join(root, name)) for name in ("images", "masks"))
     suffix = common_suffix(images, masks)
     stems = {name.removesuffix(suffix): path for name, path in masks.items()}
@@ -89,7 +91,10 @@ def pair_folders(root: str, split: str) -> Pairs:
     masks = stems
     if any(map(split_of, images)):
         part = {name for name in {*images, *masks} if split_of(name) == split}
+    elif os.path.exists(path := os.path.join(root, "ImageSets", "Segmentation", f"{split}.txt")):
+        part = {normalize("NFC", line.strip()) for _, line in read_lines(path, "it names the images")}
     else:
+        print(f"{root} has no folders train and val: a hash of its name puts every fifth image in val")
         fifth = {name for name in {*images, *masks} if zlib.crc32(os.fsencode(name)) % 5 == 0}
         part = {"train": {*images, *masks} - fifth, "val": fifth, "test": set()}[split]
     lonely = sorted(part & images.keys() - masks.keys()) if split != "test" else []
@@ -99,11 +104,19 @@ def pair_folders(root: str, split: str) -> Pairs:
     if lonely := sorted(part & masks.keys() - images.keys()):
         where = f"no image of that name in {root}/images"
         raise UserError(f"{root}/masks/{masks[lonely[0]]}: {where} ({len(lonely)} such masks)")
+    if lonely := sorted(part - images.keys()):  # of VOC's list
+        raise UserError(f"{path}: no image {lonely[0]} in {root}/images ({len(lonely)} such names)")
     if not part:
         hint = f"put some in images/{split} and masks/{split}, or write list/{split}.txt"
         raise UserError(f"{root} has no images of the {split} part ({len(images)} in all): {hint}")
     mask_of = {name: os.path.join(root, "masks", path) for name, path in masks.items()}
     return [(os.path.join(root, "images", images[name]), mask_of.get(name)) for name in sorted(part)]
+
+
+def existing(path: str) -> str:
+    """A path as the disk spells it: an accent can be a character of its own there, as on macOS, or not."""
+    forms = [path] if path.isascii() else [path, normalize("NFC", path), normalize("NFD", path)]
+    return next(filter(os.path.exists, forms), path)
 
 
 def is_image_name(name: str) -> bool:
@@ -118,15 +131,15 @@ def split_of(name: str) -> str | None:
 
 
 def images_below(folder: str) -> dict[str, str]:
-    """The image files in a folder and those in it, by their paths relative to it without the endings. Raises
-    UserError if two of them differ in their endings alone."""
+    """The image files in a folder and those in it, by their paths relative to it without the endings, in
+    Unicode's form NFC. Raises UserError if two of them differ in their endings alone."""
     found = {}
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:
             if not is_image_name(name):
                 continue
             path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
-            other = found.setdefault(os.path.splitext(path)[0], path)
+            other = found.setdefault(normalize("NFC", os.path.splitext(path)[0]), path)
             if other != path:
                 raise UserError(f"{folder} has {other} and {path}: which of them is meant?")
     return found
@@ -144,18 +157,20 @@ def unique_names(paths: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     from the others, whatever their case. It leads out of no folder, and is none of `taken`."""
     parts = [[p for p in os.path.normpath(path).split(os.sep) if p not in ("", os.pardir)] for path in paths]
     stems = [[*folders, os.path.splitext(name)[0]] for *folders, name in parts]
-    names, used = [""] * len(paths), set(taken)
-    left, depth = range(len(paths)), 1
-    while left and depth <= max(map(len, parts)):
-        found = {i: "/".join(stems[i][-depth:]) for i in left}
-        counts = Counter(name.lower() for name in found.values())
-        for i, name in found.items():
-            if counts[name.lower()] == 1 and name.lower() not in used:
-                names[i] = name
+    names, used, left = [""] * len(paths), set(taken), range(len(paths))
+    depths = range(1, 1 + max(map(len, parts), default=0))
+    for kept, depth in product((stems, parts), depths):  # the ending stays where no folder tells them apart
+        if not left:
+            break
+        found = ["/".join(path[-depth:]) for path in kept]
+        counts = Counter(map(str.lower, found))
+        for i in left:
+            if counts[found[i].lower()] == 1 and found[i].lower() not in used:
+                names[i] = found[i]
         used.update(names[i].lower() for i in left)
-        left, depth = [i for i in left if not names[i]], depth + 1
+        left = [i for i in left if not names[i]]
     copies: Counter = Counter()
-    for i in left:  # files that differ in their endings alone, or one that is given several times
+    for i in left:  # a file that is given several times, or names that differ in their case alone
         path = "/".join(parts[i])
         while (name := f"{path}-{copies[path]}" if copies[path] else path).lower() in used:
             copies[path] += 1

@@ -18,6 +18,7 @@ VOC_CLASSES = [
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
     *("sheep", "sofa", "train", "tvmonitor"),
 ]
+VOC_COLORS = [tuple(color) for color in voc_palette()]
 COLOR_MODES = ("RGB", "RGBA")  # Pillow's, of masks that go by colours
 
 
@@ -64,11 +65,43 @@ class Labels:
             return self.look_up(packed.reshape(picture.height, -1) & 0xFFFFFF, self.colors, 1 << 24, path)
         if picture.mode in ("LA", "PA"):
             picture = picture.getchannel(0)
+        if picture.mode == "P" and self.colors and self.goes_by_color(picture, path):
+            return self.read(picture.convert("RGB"), path)
         if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
             raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}; use grey, palette or RGB PNGs")
         values = np.asarray(picture)
         values = values.astype(np.uint8) if values.dtype == bool else values
         return self.look_up(values, self.values, 256 if values.dtype == np.uint8 else 1 << 16, path)
+
+    def goes_by_color(self, picture: Image.Image, path: str) -> bool:
+        """Whether the colours of a palette mask tell the classes, and not the values of its pixels.
+
+        They do if all colours that occur are those of classes, or ignored, but stand at other indices than
+        the classes' values: what makes PNGs smaller turns RGB masks into such. A palette of grey levels or
+        VOC's means nothing. Raises UserError if the palette is neither that nor the classes' colours."""
+        palette = np.reshape(picture.getpalette("RGB"), (-1, 3)).tolist()
+        colors = {i: tuple(palette[i]) for _, i in picture.getcolors() if i < len(palette)}
+        labels = {i: self.colors.get(r | g << 8 | b << 16) for i, (r, g, b) in colors.items()}
+        colored = {*self.colors.values()} - {IGNORE_INDEX}
+
+        def agrees(index: int) -> bool:
+            value = self.values.get(index)
+            if value is None or value in colored:
+                return value is not None and labels[index] == value
+            return labels[index] in (None, IGNORE_INDEX)
+
+        if all(map(agrees, colors)):
+            return False
+        if None not in labels.values():
+            return True
+        if all(color in ((i, i, i), VOC_COLORS[i]) for i, color in colors.items()):
+            return False
+        index = next(i for i in colors if labels[i] is None)
+        color = " ".join(map(str, colors[index]))
+        found = (
+            f"{path}: its palette has the colour {color} at {index}, which {self.source} gives to no class"
+        )
+        raise UserError(f"{found}; give the classes the masks' colours, or none to go by the pixels' values")
 
     def look_up(self, pixels: np.ndarray, known: dict[int, int], bound: int, path: str) -> np.ndarray:
         """The label of each pixel; `bound` is above all of them, save in masks of 32 bits."""
@@ -150,6 +183,9 @@ def read_classes(path: str) -> Labels:
             distinct &= colors.setdefault(tuple(color), label) == label
     if not names:
         raise UserError(f"{path} names no class")
+    if len(names) == 1:
+        hint = "name the background, too, in a line such as `background = 0`"
+        raise UserError(f"{path} names one class, {names[0]!r}, and nothing to tell it from: {hint}")
     ends = [re.fullmatch(r"(.*\S)\s+(\d+)", name) for name in names]
     if len(names) > 1 and not explicit and all(ends) and len({end[1] for end in ends}) == len(names):
         line = f"{ends[0][1]} = {ends[0][2]}"
@@ -165,6 +201,8 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
     if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):
         words, color = words[:-3], [int(word) for word in words[-3:]]
     name, mistake = " ".join(words), None
+    if name == "__ignore__" and not color and not equals:  # of labelme's labels.txt
+        return IGNORE, [], [IGNORE_INDEX]
     if equals and not (values and all(value.isdecimal() and len(value) < 10 for value in values)):
         mistake = "expected pixel values after `=`, such as `= 255` or `= 7 8`"
     elif not name or name.startswith("#"):
@@ -194,6 +232,8 @@ def describe_pixels(pictures: Iterable[Image.Image]) -> str:
             values = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
             found = zip(*np.unique(values.astype(int), return_counts=True), strict=True)
             counts.update({f"NAME = {value}": int(count) for value, count in found})
+    if len(counts) > 1000:
+        return f"{len(counts)} different ones, so that they look like photos and not like masks"
     total = max(1, sum(counts.values()))
     shown = [f"`{line}` ({count / total:.1%})" for line, count in counts.most_common(30)]
     more = f" and {len(counts) - 30} more" if len(counts) > 30 else ""

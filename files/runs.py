@@ -9,14 +9,13 @@ import shutil
 from contextlib import suppress
 from fractions import Fraction
 from glob import glob
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from files.checkpoints import Best, Training
-from files.whole import lock, write_whole
+from files.whole import free_name, lock, write_whole
 from utils import UserError
 
 COLUMNS = ["epoch", "iteration", "lr", "loss", "val_mean_iou", "images_per_second", "per_epoch"]
@@ -46,13 +45,16 @@ class Run(NamedTuple):
         within = f"_iter{iteration}" if iteration else ""
         return f"data/{self.name}_epoch{epoch}{within}.pth"
 
-    def saved(self, ending: str = "") -> list[Saved]:
-        """The checkpoints in data/, ordered by the numbers in their names: clocks jump. With an `ending`, a
-        regular expression, the files whose names have it behind that of a checkpoint."""
-        pattern = re.escape(self.name) + r"_epoch(\d+)(?:_iter(\d+))?\.pth" + ending
-        names = os.listdir("data") if os.path.isdir("data") else []
+    def saved(self) -> list[Saved]:
+        """The checkpoints in data/, ordered by the numbers in their names: clocks jump."""
+        return self.named_after_checkpoints("data", r"\.pth")
+
+    def named_after_checkpoints(self, folder: str, ending: str) -> list[Saved]:
+        """What a folder holds under the names of checkpoints and an `ending`, a regular expression."""
+        pattern = re.escape(self.name) + r"_epoch(\d+)(?:_iter(\d+))?" + ending
+        names = os.listdir(folder) if os.path.isdir(folder) else []
         found = [match for name in names if (match := re.fullmatch(pattern, name))]
-        return sorted(Saved(int(match[1]), int(match[2] or 0), f"data/{match[0]}") for match in found)
+        return sorted(Saved(int(match[1]), int(match[2] or 0), f"{folder}/{match[0]}") for match in found)
 
     def prune(self, newest: str, keep: int | None, best: Best | None) -> None:
         """Delete the checkpoints within epochs, which `newest` replaces, and with `keep` all but the `keep`
@@ -68,17 +70,9 @@ class Run(NamedTuple):
                 os.remove(saved.path)
 
 
-def free_name(start: str) -> str:
-    """The first path of `start`1, `start`2, ... that does not exist."""
-    return next(path for number in count(1) if not os.path.exists(path := f"{start}{number}"))
-
-
 def find_checkpoint(backbone: str | None, dataset: str, exp: str, epoch: int | None) -> str:
     """The checkpoint of an experiment after `epoch` epochs, or the newest; without `backbone`, on any.
-
-    Raises:
-        UserError: if there is none, or if several backbones have one.
-    """
+    Raises UserError if there is none, or if several backbones have one."""
     pattern = rf"data/deeplab_(.+)_{dataset}_v3_{re.escape(exp)}_epoch\d+(_iter\d+)?\.pth"
     matches = [re.fullmatch(pattern, path) for path in glob("data/*.pth")]
     backbones = [backbone] if backbone else sorted({match[1] for match in matches if match})
@@ -91,7 +85,10 @@ def find_checkpoint(backbone: str | None, dataset: str, exp: str, epoch: int | N
     if not found:
         path = Run(backbone or "*", dataset, exp).checkpoint(epoch or 0)
         path = path if epoch else path.replace("_epoch0.pth", "_epoch*.pth")
-        raise UserError(f"there is no {path}: train it by --train, or name another file by --checkpoint")
+        hint = "train it by --train, or name another file by --checkpoint"
+        if others := [other for other in sorted(glob("data/*.pth")) if f"_v3_{exp}_epoch" in other]:
+            hint = f"but there is {others[-1]}: add its --dataset, or name it by --checkpoint"
+        raise UserError(f"there is no {path}: {hint}")
     return found[0]
 
 
@@ -100,11 +97,8 @@ class RunLog:
 
     What lies in data/ under the name of a run is that run's: its start moves to data/old/EXP-N what an
     earlier run has left, and what lies beyond the checkpoint that it continues. A row tells its place in the
-    run by `iteration` / `per_epoch`, whatever the batch size and the list were before.
-
-    Raises:
-        UserError: if another process writes this log, or TensorBoard is asked for and not installed.
-    """
+    run by `iteration` / `per_epoch`, whatever the batch size and the list were before. Raises UserError if
+    another process writes this log, or TensorBoard is asked for and not installed."""
 
     def __init__(self, run: Run, training: Training, tensorboard: bool):
         if tensorboard:
@@ -117,7 +111,7 @@ class RunLog:
         os.makedirs("data", exist_ok=True)
         self.file = open(f"data/{run.name}.csv", "ab+")  # noqa: SIM115, open for as long as the run
         lock(self.file, f"--exp {run.exp} is being trained by another process: choose another name")
-        for saved in run.saved(r"\.\d+\.\d+\.tmp"):
+        for saved in run.named_after_checkpoints("data", r"\.pth\.\d+\.\d+\.tmp"):
             os.remove(saved.path)  # a kill left it
         rows = self.set_aside()
         for row in rows:
@@ -139,38 +133,37 @@ class RunLog:
         data = self.file.read()
         rows = read_rows(data, self.file.name, resumed and resumed.per_epoch)
         continued = [item for item in saved if resumed and os.path.samefile(item.path, resumed.path)]
-        own_rows, beyond = rows, [item.path for item in saved if not continued or item > continued[0]]
-        if not continued:
-            beyond += filter(os.path.exists, [f"data/{run.name}.png", f"data/runs/{run.name}"])
-            own_rows = []
-            if resumed:  # another run's log, which stands beside its checkpoint
-                log = re.sub(r"_epoch\d+(_iter\d+)?\.pth$", ".csv", resumed.path)
-                if os.path.isfile(log) and not os.path.samefile(log, self.file.name):
-                    with open(log, "rb") as file:
-                        own_rows = read_rows(file.read(), log, resumed.per_epoch)
+        for split in ("train", "val", "test"):
+            saved += run.named_after_checkpoints(f"data/{split}", "")  # results of evaluation
+        beyond = [item.path for item in saved if not continued or item[:2] > continued[0][:2]]
         end = Fraction(resumed.iteration, resumed.per_epoch) if resumed else 0
-        kept = [row for row in own_rows if place(row) <= end]
-        # Where the newest checkpoint is continued, a kill has left rows that will be written again.
-        again = continued and resumed.per_epoch == self.training.per_epoch
-        if beyond or (rows != kept and not again):
-            what = f"what an earlier run of --exp {run.exp} left"
-            if continued:
-                what = f"what --exp {run.exp} had beyond {resumed.path}"
+        own, lost, what = [], rows, f"what an earlier run of --exp {run.exp} left"
+        if continued:
+            what = f"what --exp {run.exp} had beyond {resumed.path}"
+            own, lost = rows, [row for row in rows if place(row) > end]
+            # The rows of a killed run are not lost if this one writes them again.
+            if all(row["per_epoch"] == self.training.per_epoch for row in lost):
+                lost = [row for row in lost if place(row) > self.training.flags["epochs"]]
+        else:
+            beyond += filter(os.path.exists, [f"data/{run.name}.png", f"data/runs/{run.name}"])
+            stem = resumed and re.fullmatch(r"(.*)_epoch\d+(_iter\d+)?\.pth", resumed.path)
+            if stem and os.path.isfile(log := f"{stem[1]}.csv"):  # another run's, beside its checkpoint
+                with open(log, "rb") as file:
+                    own = read_rows(file.read(), log, resumed.per_epoch)
+        if beyond or lost:
             folder = free_name(f"data/old/{run.exp}-")
-            os.makedirs(folder)
-            for path in beyond:
-                shutil.move(path, folder)
-            if data:
+            if data:  # before the checkpoints: a kill between them loses nothing
                 write_whole(f"{folder}/{run.name}.csv", lambda file: file.write(data))
+            for path in beyond:
+                target = os.path.dirname(f"{folder}{path.removeprefix('data')}")
+                os.makedirs(target, exist_ok=True)
+                shutil.move(path, target)
             print(f"moved {what} to {folder}")
-        return kept
+        return [row for row in own if place(row) <= end]
 
     def write(self, row: dict, samples: Image.Image | None = None) -> None:
-        """Add a row; written again with its validation, it takes its own place.
-
-        Raises:
-            UserError: if the disk is full.
-        """
+        """Add a row; written again with its validation, it takes its own place. Raises UserError if the disk
+        is full."""
         again = row["iteration"] == self.iteration
         if again:
             self.file.truncate(self.offset)
@@ -220,7 +213,8 @@ def read_rows(data: bytes, path: str, per_epoch: int | None = None) -> list[dict
 
     `per_epoch` is for the logs of earlier versions, which do not tell it.
     """
-    lines = data.decode("utf-8-sig", errors="replace").replace("\0", "").splitlines()
+    whole = data[: data.rfind(b"\n") + 1]  # a kill can leave a part of a line
+    lines = whole.decode("utf-8-sig", errors="replace").replace("\0", "").splitlines()
     reader, rows = csv.DictReader(lines, restval=""), []
     try:
         for row in reader:
@@ -237,8 +231,7 @@ def read_rows(data: bytes, path: str, per_epoch: int | None = None) -> list[dict
         pass  # what follows is no CSV
     rows.sort(key=place)
     written = to_text(rows, columns=[name for name in reader.fieldnames or () if name in COLUMNS])
-    cut = b"\n" not in data[len(written) :]  # a kill can leave a part of a line
-    if data and not (cut and data.startswith(written)):
+    if data and whole != written:
         copy = free_name(f"{path}.bak")
         write_whole(copy, lambda file: file.write(data))
         print(f"{path} was edited: its {len(rows)} rows are taken over, and {copy} is a copy of it")

@@ -6,9 +6,12 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import IO, BinaryIO
 
 from utils import UserError
+
+FORMULA = ("=", "+", "-", "@")  # what the first character of one can be
 
 try:
     import fcntl
@@ -43,6 +46,11 @@ def write_whole(path: str, write: Callable[[BinaryIO], None]) -> None:
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+
+
+def free_name(start: str) -> str:
+    """The first path of `start`1, `start`2, ... that does not exist."""
+    return next(path for number in count(1) if not os.path.exists(path := f"{start}{number}"))
 
 
 def lock(file: IO, busy: str, start: int = 0) -> None:
@@ -81,8 +89,17 @@ def save_json(path: str, value: dict) -> None:
     write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+def read_csv(path: str) -> list[list[str]]:
+    """The rows of a file that `save_csv` wrote."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    return [[c[1:] if c[:1] == "'" and c[1:].startswith(FORMULA) else c for c in row] for row in rows]
+
+
 def save_csv(path: str, rows: Iterable[Sequence]) -> None:
-    """Write rows, the first of them the columns' names, as CSV, whole or not at all."""
+    """Write rows, the first of them the columns' names, as CSV, whole or not at all. Text that a spreadsheet
+    would take for a formula gets an apostrophe."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
+    for row in rows:
+        csv.writer(text).writerow([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row])
     write_whole(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
