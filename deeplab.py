@@ -1,10 +1,11 @@
-"""DeepLabv3 (Chen et al. 2017, https://arxiv.org/abs/1706.05587) on torchvision's ResNet.
+"""DeepLabv3 (Chen et al. 2017, https://arxiv.org/abs/1706.05587) and v3+ on torchvision's networks.
 
-Reads from layer to model: weight-standardised convolution, ASPP, DeepLabv3, and what builds one from ImageNet
-weights or from a checkpoint. The parameter names are those of the published checkpoints.
+Reads from layer to model: weight-standardised convolution, trunks, ASPP, heads, DeepLabv3, the loss, and what
+builds a model from ImageNet weights or from a checkpoint.
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,18 +19,34 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models import mobilenet_v3_large
 from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
 from files.images import enlarge, read_image, shrink, to_rgb
 from utils import IGNORE_INDEX, UserError
 
-LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
+# The backbones: the arguments of torchvision's ResNet, or none for the network of that name.
+BACKBONES = {
+    "resnet50": {"layers": (3, 4, 6, 3)},
+    "resnet101": {"layers": (3, 4, 23, 3)},
+    "resnet152": {"layers": (3, 8, 36, 3)},
+    "resnext50_32x4d": {"layers": (3, 4, 6, 3), "groups": 32, "width_per_group": 4},
+    "resnext101_32x8d": {"layers": (3, 4, 23, 3), "groups": 32, "width_per_group": 8},
+    "wide_resnet50_2": {"layers": (3, 4, 6, 3), "width_per_group": 128},
+    "wide_resnet101_2": {"layers": (3, 4, 23, 3), "width_per_group": 128},
+    "mobilenet_v3_large": {},
+}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB in 0..1
-TRUNK_MOMENTUM, ASPP_MOMENTUM = 0.05, 0.0003  # of BatchNorm's running statistics
+TRUNK_MOMENTUM, HEAD_MOMENTUM = 0.05, 0.0003  # of BatchNorm's running statistics
 PAPER_ITERATIONS = 30_000
-# The norm behind each conv of a block; a block may lack one of them.
-BOTTLENECK_NORMS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "downsample.0": "downsample.1"}
+# The norm behind each conv of a module, None where none follows.
+NORMS = {
+    Bottleneck: {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "downsample.0": "downsample.1"},
+    Conv2dNormActivation: {"0": "1"},
+    SqueezeExcitation: {"fc1": None, "fc2": None},
+}
 
 
 class Inference(NamedTuple):
@@ -51,6 +68,7 @@ class Inference(NamedTuple):
 
 
 ONE_PASS = Inference()
+HEADS = ("v3", "v3plus", "torchvision")
 
 
 def autocast(device: torch.device, amp: str | None) -> AbstractContextManager:
@@ -87,7 +105,8 @@ class Standardize(torch.autograd.Function):
         # Not vecdot: compiled under autocast, that computes in bfloat16.
         along = (grad * standardized).sum((1, 2, 3), keepdim=True)
         centered = torch.addcmul(-grad.mean((1, 2, 3), keepdim=True) * scale, grad, scale)
-        return centered.addcmul_(standardized, along / (std * (1 - grad[0].numel())))
+        along = (along / (std * (1 - grad[0].numel()))).where(std > 0, 0)  # of equal weights the std is 0
+        return centered.addcmul_(standardized, along)
 
 
 class WSConv2d(nn.Conv2d):
@@ -102,27 +121,87 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm in the number format of its input, where autocast on CUDA would give, and keep, float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
+        if x.dtype == self.weight.dtype:  # not the module's forward: it refuses a group of one value
+            return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return torch.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def group_norm(num_groups: int, channels: int) -> GroupNorm:
+    """GroupNorm of channels that the groups need not divide, as the 48 of v3+."""
+    return GroupNorm(math.gcd(num_groups, channels), channels)
+
+
+class ResNetTrunk(ResNet):
+    """torchvision's ResNet up to its last feature map, with dilated stages.
+
+    Takes (N, 3, H, W), gives the feature maps of stride 4 and of the output stride.
+    """
+
+    channels = (256, 2048)
+
+    def __init__(
+        self,
+        output_stride: int,
+        multi_grid: Sequence[int],
+        beta: bool,
+        norm_layer: Callable[[int], nn.Module],
+        **options,
+    ):
+        dilate = (False, output_stride == 8, output_stride <= 16)
+        super().__init__(
+            Bottleneck, num_classes=1, replace_stride_with_dilation=dilate, norm_layer=norm_layer, **options
+        )
+        del self.avgpool, self.fc
+        self.norms = {"conv1": "bn1"}
+        if beta:
+            self.conv1 = nn.Sequential(
+                nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False),
+                nn.Conv2d(64, 64, 3, padding=1, bias=False),
+                nn.Conv2d(64, 64, 3, padding=1, bias=False),
+            )
+            self.norms = {"conv1.0": None, "conv1.1": None, "conv1.2": "bn1"}
+        if tuple(multi_grid) != (1, 1, 1):
+            for block, grid in zip(self.layer4, multi_grid, strict=True):
+                rate = 32 // output_stride * grid
+                block.conv2.dilation = block.conv2.padding = (rate, rate)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return low, self.layer4(self.layer3(self.layer2(low)))
+
+
+class MobileNetTrunk(nn.Module):
+    """torchvision's MobileNetV3-Large up to its last feature map; input and outputs as for `ResNetTrunk`."""
+
+    channels = (24, 960)
+    norms: dict[str, str | None] = {}
+
+    def __init__(self, output_stride: int):
+        super().__init__()
+        self.features = mobilenet_v3_large(dilated=output_stride == 16).features
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.features[:4](x)
+        return low, self.features[4:](low)
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling and the classifier (paper, section 3.3).
+    """Atrous spatial pyramid pooling (paper, section 3.3).
 
     Branches `aspp1`, `aspp2`, ...: a 1x1 conv, one 3x3 conv per atrous rate, and, with `image_pooling`, a 1x1
-    conv of the image's mean; each 256 wide, normalised, ReLU. Takes (N, in_channels, H, W), gives logits (N,
-    num_classes, H, W).
+    conv of the image's mean; each 256 wide, normalised, ReLU; then a 1x1 conv of all of them. Takes (N,
+    in_channels, H, W), gives (N, 256, H, W).
     """
 
     def __init__(
         self,
         in_channels: int,
-        num_classes: int,
         rates: Sequence[int],
         image_pooling: bool,
         norm_layer: Callable[[int], nn.Module],
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.image_pooling = image_pooling
@@ -138,9 +217,8 @@ class ASPP(nn.Module):
             self.add_module(f"aspp{i}_bn", norm_layer(256))
         self.conv2 = nn.Conv2d(256 * self.num_branches, 256, 1, bias=False)
         self.bn2 = norm_layer(256)
-        self.conv3 = nn.Conv2d(256, num_classes, 1)
-        self.norms = {f"aspp{i}": f"aspp{i}_bn" for i in range(1, self.num_branches + 1)}
-        self.norms |= {"conv2": "bn2", "conv3": None}  # the norm behind each conv
+        self.dropout = nn.Dropout(dropout)
+        self.norms = {f"aspp{i}": f"aspp{i}_bn" for i in range(1, self.num_branches + 1)} | {"conv2": "bn2"}
 
     def forward(self, x: Tensor) -> Tensor:
         branches = []
@@ -149,30 +227,79 @@ class ASPP(nn.Module):
             y = x.mean((2, 3), keepdim=True) if pooling else x
             y = F.relu(getattr(self, f"aspp{i}_bn")(getattr(self, f"aspp{i}")(y)))
             branches.append(y.expand(-1, -1, *x.shape[2:]) if pooling else y)
-        return self.conv3(F.relu(self.bn2(self.conv2(torch.cat(branches, 1)))))
+        return self.dropout(F.relu(self.bn2(self.conv2(torch.cat(branches, 1)))))
 
 
-def check_options(backbone, num_classes, num_groups, output_stride, multi_grid, aspp_rates) -> None:
-    """Raises UserError for an option of `DeepLabv3` that has no meaning; the message names the flag."""
-    if backbone not in LAYERS:
-        raise UserError(f"--backbone {backbone}: choose one of {', '.join(LAYERS)}")
+class Head(nn.Module):
+    """What follows ASPP, from its (N, 256, H, W) and the trunk's feature map of stride 4 to logits.
+
+    "v3" is a 1x1 classifier. "torchvision" has a 3x3 conv before it. "v3plus" (Chen et al. 2018,
+    https://arxiv.org/abs/1802.02611, section 3.1) brings ASPP's output to stride 4, where two 3x3 convs
+    refine it with 48 channels of the trunk's.
+    """
+
+    def __init__(
+        self, kind: str, low_channels: int, num_classes: int, norm_layer: Callable[[int], nn.Module]
+    ):
+        super().__init__()
+        self.kind, self.norms = kind, {"conv3": None}
+        widths = {"v3": [], "torchvision": [256], "v3plus": [256 + 48, 256]}[kind]
+        if kind == "v3plus":
+            self.low, self.low_bn = nn.Conv2d(low_channels, 48, 1, bias=False), norm_layer(48)
+            self.norms["low"] = "low_bn"
+        for i, width in enumerate(widths, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(width, 256, 3, padding=1, bias=False))
+            self.add_module(f"bn{i}", norm_layer(256))
+            self.norms[f"conv{i}"] = f"bn{i}"
+        self.conv3 = nn.Conv2d(256, num_classes, 1)
+
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        if self.kind == "v3plus":
+            x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True)
+            x = torch.cat([x, F.relu(self.low_bn(self.low(low)))], 1)
+            x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        elif self.kind == "torchvision":
+            x = F.relu(self.bn1(self.conv1(x)))
+        return self.conv3(x)
+
+
+def init_convs(module: nn.Module, but: nn.Module | None = None) -> None:
+    """Draw the weights of all convs but one as torchvision's ResNet does: normal, std sqrt(2 / (k*k*out))."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d) and conv is not but:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+def check_options(config: dict) -> None:
+    """Raises UserError for an argument of `DeepLabv3` that has no meaning; the message names the flag."""
+    backbone, stride, groups = config["backbone"], config["output_stride"], config["num_groups"]
+    rates, num_classes = config["aspp_rates"], config["num_classes"]
+    if backbone not in BACKBONES:
+        raise UserError(f"--backbone {backbone}: choose one of {', '.join(BACKBONES)}")
+    if config["head"] not in HEADS:
+        raise UserError(f"--head {config['head']}: choose one of {', '.join(HEADS)}")
     if not 1 <= num_classes <= 255:
         raise UserError(f"{num_classes} classes: a mask of bytes with 255 to ignore can hold 1 to 255")
-    if num_groups and (num_groups < 1 or 64 % num_groups):
-        raise UserError(f"--groups {num_groups} does not divide all widths: use 1, 2, 4, 8, 16, 32 or 64")
-    if output_stride not in (8, 16, 32):
-        raise UserError(f"--output_stride {output_stride}: choose 8, 16 or 32")
-    if len(multi_grid) != 3 or min(multi_grid) < 1:
+    if groups and (groups < 1 or 64 % groups):
+        raise UserError(f"--groups {groups} does not divide all widths: use 1, 2, 4, 8, 16, 32 or 64")
+    if stride not in (8, 16, 32):
+        raise UserError(f"--output_stride {stride}: choose 8, 16 or 32")
+    if len(config["multi_grid"]) != 3 or min(config["multi_grid"]) < 1:
         raise UserError("--multi_grid takes three positive rates, one for each block of layer4: 1 2 4")
-    if not aspp_rates or min(aspp_rates) < 1 or any(rate * 16 % output_stride for rate in aspp_rates):
+    if not rates or min(rates) < 1 or any(rate * 16 % stride for rate in rates):
         raise UserError("--aspp_rates are positive, and even at --output_stride 32, where they are halved")
+    if backbone == "mobilenet_v3_large":
+        resnets = {"groups": groups, "weight_std": config["weight_std"], "beta": config["beta"]}
+        resnets |= {"multi_grid": config["multi_grid"] != [1, 1, 1], "output_stride 8": stride == 8}
+        if given := [f"--{name}" for name, value in resnets.items() if value]:
+            raise UserError(f"{' and '.join(given)}: for ResNets, not for {backbone}")
 
 
-class DeepLabv3(ResNet):
-    """A torchvision ResNet whose last stages are dilated, with ASPP on top.
+class DeepLabv3(nn.Module):
+    """DeepLabv3 or v3+: a trunk, ASPP and a head, whose logits are upsampled to the image.
 
     Args:
-        backbone: "resnet50", "resnet101" or "resnet152".
+        backbone: one of `BACKBONES`.
         num_classes: width of the logits.
         num_groups: GroupNorm with that many groups everywhere; None or 0 is BatchNorm.
         weight_std: weight standardisation of every conv but the classifier.
@@ -183,6 +310,7 @@ class DeepLabv3(ResNet):
             as the published checkpoints have it.
         aspp_rates: atrous rates as given for output stride 16; scaled for the others.
         image_pooling: whether ASPP has its image-level branch.
+        head: "v3", "v3plus" or "torchvision", see `Head`.
 
     Raises:
         UserError: for an option that has no meaning; the message names the flag.
@@ -199,8 +327,10 @@ class DeepLabv3(ResNet):
         multi_grid: tuple[int, ...] = (1, 1, 1),
         aspp_rates: tuple[int, ...] = (6, 12, 18),
         image_pooling: bool = True,
+        head: str = "v3",
     ):
-        config = {
+        super().__init__()
+        self.config = {
             "backbone": backbone,
             "num_classes": num_classes,
             "num_groups": num_groups or None,
@@ -210,52 +340,40 @@ class DeepLabv3(ResNet):
             "multi_grid": list(multi_grid),
             "aspp_rates": list(aspp_rates),
             "image_pooling": image_pooling,
+            "head": head,
         }
-        check_options(backbone, num_classes, num_groups, output_stride, multi_grid, aspp_rates)
-        norm = partial(nn.BatchNorm2d, momentum=TRUNK_MOMENTUM)
-        aspp_norm = partial(nn.BatchNorm2d, momentum=ASPP_MOMENTUM)
-        if num_groups:
-            norm = aspp_norm = partial(GroupNorm, num_groups)
-        dilate = (False, output_stride == 8, output_stride <= 16)
-        super().__init__(
-            Bottleneck, LAYERS[backbone], num_classes=1, replace_stride_with_dilation=dilate, norm_layer=norm
-        )
-        del self.avgpool, self.fc
-        self.config = config
+        check_options(self.config)
         self.classes: Sequence[str] | None = None  # names and colours, where they are known
         self.palette: Sequence[Sequence[int]] | None = None
         self.bn_frozen = False
-        if beta:
-            self.conv1 = nn.Sequential(
-                nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False),
-                nn.Conv2d(64, 64, 3, padding=1, bias=False),
-                nn.Conv2d(64, 64, 3, padding=1, bias=False),
-            )
-        if tuple(multi_grid) != (1, 1, 1):
-            for block, grid in zip(self.layer4, multi_grid, strict=True):
-                rate = 32 // output_stride * grid
-                block.conv2.dilation = block.conv2.padding = (rate, rate)
+        norm = partial(nn.BatchNorm2d, momentum=TRUNK_MOMENTUM)
+        head_norm = partial(nn.BatchNorm2d, momentum=HEAD_MOMENTUM)
+        if num_groups:
+            norm = head_norm = partial(group_norm, num_groups)
+        if BACKBONES[backbone]:
+            self.trunk = ResNetTrunk(output_stride, multi_grid, beta, norm, **BACKBONES[backbone])
+        else:
+            self.trunk = MobileNetTrunk(output_stride)
+        low_channels, channels = self.trunk.channels
         rates = [rate * 16 // output_stride for rate in aspp_rates]
-        self.aspp = ASPP(2048, num_classes, rates, image_pooling, aspp_norm)
-        self.initialize(weight_std)
+        dropout = 0.5 if head == "torchvision" else 0.0
+        self.aspp = ASPP(channels, rates, image_pooling, head_norm, dropout)
+        self.head = Head(head, low_channels, num_classes, head_norm)
+        classifier = self.head.conv3
+        # Under weight standardisation the classifier keeps PyTorch's default, as in the published models.
+        init_convs(getattr(self.trunk, "conv1", nn.Identity()))  # the others are torchvision's
+        init_convs(self.aspp)
+        init_convs(self.head, but=classifier if weight_std else None)
+        if weight_std:
+            # The standardised conv has the same parameters and differs in its forward alone: another class is
+            # all it takes.
+            for conv in self.modules():
+                if isinstance(conv, nn.Conv2d) and conv is not classifier:
+                    conv.__class__ = WSConv2d
+        self.align_corners = head != "torchvision"
         self.memory_format = torch.contiguous_format
         self.register_buffer("pixel_mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
-
-    def initialize(self, weight_std: bool) -> None:
-        """Draw the weights of the layers that torchvision does not have; standardise them all if wanted."""
-        # torchvision has initialised its own layers: normal, std sqrt(2 / (k*k*out)). The new ones follow
-        # suit, but for the classifier under weight standardisation, which keeps PyTorch's default as in the
-        # published models.
-        for conv in [*self.conv1.modules(), *self.aspp.modules()]:
-            if isinstance(conv, nn.Conv2d) and not (weight_std and conv is self.aspp.conv3):
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        if weight_std:
-            # The standardised conv has the same parameters and differs in its forward alone, so torchvision's
-            # layers need no rebuilding: another class is all it takes.
-            for conv in self.modules():
-                if isinstance(conv, nn.Conv2d) and conv is not self.aspp.conv3:
-                    conv.__class__ = WSConv2d
 
     def place(self, device: torch.device | str) -> "DeepLabv3":
         """Move to a device, in the memory format to use there."""
@@ -282,10 +400,12 @@ class DeepLabv3(ResNet):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Normalised float (N, 3, H, W) to logits (N, num_classes, H, W), or of another `size`, in the number
         format of `x`, though autocast computes the convs in another."""
-        size, dtype = size or x.shape[2:], x.dtype
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return F.interpolate(self.aspp(x).to(dtype), size, mode="bilinear", align_corners=True)
+        low, high = self.trunk(x)
+        logits = self.head(self.aspp(high), low).to(x.dtype)
+        return self.resize(logits, size or x.shape[2:])
+
+    def resize(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
     def scores(self, x: Tensor, inference: Inference = ONE_PASS, softmax: bool = False) -> Tensor:
         """What to take the argmax of: the logits, or the softmax scores averaged over several passes, or
@@ -300,7 +420,7 @@ class DeepLabv3(ResNet):
             stride, total = self.config["output_stride"], 0
             for scale in scales:
                 size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
-                scaled = x if scale == 1 else F.interpolate(x, size, mode="bilinear", align_corners=True)
+                scaled = x if scale == 1 else self.resize(x, size)
                 total = total + self(scaled, x.shape[2:]).softmax(1)
                 if flip:
                     total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
@@ -308,8 +428,8 @@ class DeepLabv3(ResNet):
 
     def segment(self, images: Tensor, inference: Inference = ONE_PASS, softmax: bool = False) -> Tensor:
         """The `scores` of uint8 images (N, 3, H, W): they are normalised, padded to the output stride, and
-        what was padded is cut off again."""
-        stride = self.config["output_stride"]
+        what was padded is cut off again. torchvision's head wants no padding."""
+        stride = self.config["output_stride"] if self.align_corners else 1
         # In these operations, and the cut not a slice, so that torch.export takes any size.
         below, right = ((side + stride - 2) // stride * stride + 1 - side for side in images.shape[2:])
         x = F.pad((images - self.pixel_mean) / self.pixel_std, [0, right, 0, below])
@@ -319,25 +439,45 @@ class DeepLabv3(ResNet):
     @torch.inference_mode()
     def predict(
         self,
-        image: Image.Image | np.ndarray | str | os.PathLike,
+        image: Image.Image | np.ndarray | str | os.PathLike | list,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         max_side: int = 2049,
-    ) -> np.ndarray:
-        """Segment one image: a PIL image of any mode and size, turned as its EXIF orientation says, the path
-        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey. Options as for `Inference`.
+        probabilities: bool = False,
+    ) -> np.ndarray | list[np.ndarray]:
+        """Segment an image: a PIL image of any mode and size, turned as its EXIF orientation says, the path
+        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey; or a list of them.
+
+        Args:
+            scales, flip, max_side: as for `Inference`.
+            probabilities: give those of all classes, float32 (num_classes, H, W), instead of labels.
 
         Returns:
-            uint8 labels (H, W), of the turned image's size.
+            uint8 labels (H, W), of the turned image's size; a list of them for a list.
 
         Raises:
-            UserError: if the file cannot be read.
+            UserError: if a file cannot be read.
+            TypeError: for anything else, such as a tensor or an array of floats.
         """
+        if isinstance(image, list | tuple):
+            return [self.predict(one, scales, flip, max_side, probabilities) for one in image]
         if isinstance(image, str | os.PathLike):
             image = read_image(os.fspath(image))
-        image = to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            taken = "a PIL image, a path, or a uint8 array (H, W, 3) of RGB or (H, W) of grey"
+            given = (
+                f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
+            )
+            raise TypeError(f"predict takes {taken}, not {given}")
+        image, training = to_rgb(image), self.training
         pixels = torch.from_numpy(np.array(shrink(image, max_side))).permute(2, 0, 1)[None]
-        scores = self.segment(pixels.to(self.pixel_mean.device), Inference(scales, flip))
+        pixels = pixels.to(self.pixel_mean.device)
+        scores = self.eval().segment(pixels, Inference(scales, flip), softmax=probabilities)
+        self.train(training)
+        if probabilities:
+            return self.resize(scores.float(), image.size[::-1])[0].cpu().numpy()
         return enlarge(scores[0].argmax(0).byte().cpu().numpy(), image.size)
 
     def train(self, mode: bool = True) -> "DeepLabv3":
@@ -384,15 +524,12 @@ class DeepLabv3(ResNet):
         return model
 
     def norms(self) -> dict[str, str | None]:
-        """The name of the norm behind each conv, or None where a conv or a ReLU follows, or nothing."""
-        norms = (
-            {"conv1.0": None, "conv1.1": None, "conv1.2": "bn1"} if self.config["beta"] else {"conv1": "bn1"}
-        )
-        parts = [
-            (f"{name}.", BOTTLENECK_NORMS) for name, m in self.named_modules() if isinstance(m, Bottleneck)
-        ]
-        for prefix, pairs in [*parts, ("aspp.", self.aspp.norms)]:
-            norms |= {prefix + conv: norm and prefix + norm for conv, norm in pairs.items()}
+        """The name of the norm behind each conv, None where none follows."""
+        norms = {}
+        for name, module in self.named_modules():
+            pairs = NORMS.get(type(module)) or getattr(module, "norms", None)
+            if isinstance(pairs, dict):
+                norms |= {f"{name}.{conv}": norm and f"{name}.{norm}" for conv, norm in pairs.items()}
         return norms
 
     def fit_bn_momentum(self, max_iter: int) -> None:
@@ -406,8 +543,8 @@ class DeepLabv3(ResNet):
         """
         for name, module in self.named_modules():
             if isinstance(module, _BatchNorm):
-                momentum = ASPP_MOMENTUM if name.startswith("aspp.") else TRUNK_MOMENTUM
-                module.momentum = min(1.0, max(momentum, ASPP_MOMENTUM * PAPER_ITERATIONS / max_iter))
+                momentum = TRUNK_MOMENTUM if name.startswith("trunk.") else HEAD_MOMENTUM
+                module.momentum = min(1.0, max(momentum, HEAD_MOMENTUM * PAPER_ITERATIONS / max_iter))
 
 
 class CrossEntropy(nn.Module):
@@ -443,7 +580,7 @@ def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:
 
 
 # DeepLabv3 on these backbones; arguments as for `build`.
-resnet50, resnet101, resnet152 = (partial(build, backbone) for backbone in LAYERS)
+resnet50, resnet101, resnet152 = (partial(build, f"resnet{depth}") for depth in (50, 101, 152))
 
 
 def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:

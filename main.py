@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -P` leaves it out
 from commands.download import download_all
 from commands.flags import inference_options, model_options, parse_args
-from utils import run_command
+from utils import prepare_threads, run_command
 
 if __name__ == "__main__":
     # What needs no torch, which takes seconds to import: --help, a wrong flag, downloads, Ctrl-C meanwhile.
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     ARGS = parse_args()
     if ARGS.download:
         run_command(lambda: download_all(ARGS.download, ARGS.url))
+    prepare_threads()
 
 import argparse
 import math
@@ -24,6 +25,7 @@ import time
 import zlib
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
+from functools import partial
 from inspect import signature
 from typing import NoReturn
 
@@ -38,7 +40,13 @@ import datasets
 import deeplab
 import utils
 from commands.check import check, count_labels, median_frequency, prepare
-from commands.evaluate import evaluate, print_results, results_folder, write_results
+from commands.evaluate import (
+    evaluate,
+    print_never_predicted,
+    print_results,
+    results_folder,
+    write_results,
+)
 from commands.export import check_format, export
 from commands.predict import image_files, predict_files
 from datasets import SegmentationDataset, TrainBatches
@@ -46,6 +54,7 @@ from deeplab import CrossEntropy, DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.checkpoints import Training
 from files.runs import Run, RunLog, find_checkpoint
+from files.whole import write_whole
 from utils import LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
 
 FEW_SHAPES = 16  # of batches in evaluation: to tune the convs for each, or to compile
@@ -78,6 +87,12 @@ def pick_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def number_format(args: argparse.Namespace, device: torch.device) -> str:
+    """--amp, else bfloat16 for training on a GPU that has it, else float32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return args.amp or ("bf16" if has_bf16 and args.train else "none")
+
+
 def open_dataset(args: argparse.Namespace, split: str) -> SegmentationDataset:
     """A split of the data set, in random crops if it is to be trained on. Raises UserError if a sample of it
     cannot be used, unless --skip_bad leaves it out."""
@@ -98,7 +113,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         model = deeplab.from_checkpoint(checkpoint, path, **options)
     else:
         labels = datasets.class_labels(args.dataset, args.data_root)
-        options = {"backbone": "resnet101", "num_classes": len(labels.classes), **options}
+        options = {"num_classes": len(labels.classes), **options}
         model = deeplab.from_checkpoint(checkpoint, path, **options)
         model.classes, model.palette = labels.classes, labels.palette
     return model.place(device).eval(), path
@@ -114,12 +129,12 @@ def poly_lr(base_lr: float, iteration: int, max_iter: int) -> float:
 
 
 def make_optimizer(model: DeepLabv3, fused: bool = True) -> torch.optim.SGD:
-    """SGD as in the paper, in two parameter groups, trunk and ASPP, whose learning rates the loop sets.
+    """SGD as in the paper, in two parameter groups, trunk and the rest, whose learning rates the loop sets.
     Not `fused` with a loss scaler: the fused step spoils the momentum where the scaler skips a step."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    aspp = [p for name, p in trained if name.startswith("aspp.")]
-    trunk = [p for name, p in trained if not name.startswith("aspp.")]
-    groups = [{"params": trunk}, {"params": aspp}]
+    trunk = [p for name, p in trained if name.startswith("trunk.")]
+    head = [p for name, p in trained if not name.startswith("trunk.")]
+    groups = [{"params": trunk}, {"params": head}]
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=fused)
 
 
@@ -177,11 +192,13 @@ def make_criterion(args: argparse.Namespace, dataset: SegmentationDataset) -> Cr
     return CrossEntropy(torch.tensor([float(weight) for weight in weights]))
 
 
-def make_batches(args: argparse.Namespace, device: torch.device, length: int) -> TrainBatches:
+def make_batches(
+    args: argparse.Namespace, device: torch.device, length: int, num_groups: int | None
+) -> TrainBatches:
     """The batches of the whole run, on a training list of that `length`. Raises UserError if a batch would
     have fewer images than training needs."""
     smallest, hint = WORLD, "use a larger --batch_size or fewer processes"
-    if not (args.groups or args.freeze_bn):
+    if not (num_groups or args.freeze_bn):
         # BatchNorm cannot take the variance of ASPP's image-level feature over one image. Processes with GPUs
         # share their statistics, so that one image of each is enough.
         smallest = args.accum * (WORLD if WORLD > 1 and device.type == "cuda" else 2 * WORLD)
@@ -195,26 +212,34 @@ def make_batches(args: argparse.Namespace, device: torch.device, length: int) ->
 
 
 def start(
-    args: argparse.Namespace, device: torch.device, run: Run, batches: TrainBatches, data: SegmentationDataset
+    args: argparse.Namespace,
+    device: torch.device,
+    options: dict,
+    initial: dict | None,
+    run: Run,
+    batches: TrainBatches,
+    data: SegmentationDataset,
 ) -> Training:
-    """The state of a new run or of a resumed one. Raises UserError if the weights or the checkpoint to start
-    from cannot be used."""
-    resume = args.resume
+    """The state of a new run or of a resumed one. `options` are the model's, `initial` is the checkpoint of
+    --init. Raises UserError if the weights or the checkpoint to start from cannot be used."""
+    resume, num_groups = args.resume, options.get("num_groups")
     if resume == "auto":
         resume = run.saved()[-1].path if run.saved() else None
         if not resume:
             print(f"--exp {run.exp} has no checkpoint to resume from: a new run begins")
-    options = {**model_options(args), "num_classes": len(data.classes)}
-    model = deeplab.build(pretrained=not (args.scratch or resume or args.init), **options)
+    options = {**options, "num_classes": len(data.classes)}
+    model = deeplab.build(pretrained=not (args.scratch or resume or initial), **options)
     model.classes, model.palette = data.classes, data.palette
-    if args.init:
-        checkpoints.init_weights(model, args.init)
+    if initial:
+        checkpoints.init_weights(model, initial, args.init)
     model.fit_bn_momentum(batches.max_iter)
+    if args.freeze_bn and num_groups:
+        raise UserError(f"--freeze_bn has nothing to freeze: {args.init or resume} has GroupNorm")
     if args.freeze_bn:
         model.freeze_bn()
-    elif WORLD > 1 and not args.groups and device.type == "cuda":
+    elif WORLD > 1 and not num_groups and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif WORLD > 1 and not args.groups:
+    elif WORLD > 1 and not num_groups:
         print("BatchNorm takes statistics in each process by itself: only GPUs can share them")
     model.place(device)
     if args.compile:
@@ -259,7 +284,7 @@ def share_gradients(model: DeepLabv3, batches: TrainBatches, val_set: Segmentati
     UserError if the processes do not start alike."""
     values = {"iteration": batches.start, "iterations": batches.max_iter, "validation images": len(val_set)}
     if batches.start:  # new weights may differ: those of the first process go to all
-        values["weights"] = zlib.crc32(model.aspp.conv3.weight.detach().cpu().contiguous().numpy())
+        values["weights"] = zlib.crc32(model.head.conv3.weight.detach().cpu().contiguous().numpy())
     utils.check_agreement(values)
     # Buffers, BatchNorm's statistics, need no exchange in each step: SyncBatchNorm has made them alike, or
     # `validate` does. The argument has another name in newer versions of torch.
@@ -285,26 +310,29 @@ def validate(
         raise Stopped(hint) from None
     finally:
         torch.backends.cudnn.benchmark = True
+    print_never_predicted(dataset.classes, result)
     return result["mean_iou"], details.sample_sheet() if samples else None
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """The command with --train: from the first or the resumed iteration to the last checkpoint."""
     torch.manual_seed(args.seed)
+    options, initial = model_options(args), args.init and checkpoints.read(args.init)
+    if initial:
+        options = {**checkpoints.model_config(initial, args.init), **options}
     train_set, val_set = open_dataset(args, "train"), open_dataset(args, "val")
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"
-    print(f"{counts}, {len(train_set.classes)} classes")
-    batches, criterion = make_batches(args, device, len(train_set)), make_criterion(args, train_set)
-    run = Run(args.backbone, args.dataset, args.exp)
-    state = start(args, device, run, batches, train_set)
+    print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")
+    batches = make_batches(args, device, len(train_set), options.get("num_groups"))
+    run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
+    state = start(args, device, options, initial, run, batches, train_set)
     first, max_iter, per_epoch = state.iteration, batches.max_iter, batches.per_epoch
     if first >= max_iter:
         print(f"all {args.epochs} epochs are done: nothing is left to train")
         return
     batches.start, model, optimizer, criterion = first, state.model, state.optimizer, criterion.to(device)
     net = share_gradients(model, batches, val_set) if WORLD > 1 else model
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    amp = args.amp or ("bf16" if has_bf16 else "none")
+    amp = number_format(args, device)
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     log = RunLog(run, state, args.tensorboard) if RANK == 0 else None
     loaded = datasets.load_batches(train_set, batches, args.workers, device)
@@ -344,6 +372,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             row["val_mean_iou"] = mean_iou
             state.note_validation(epochs_done, mean_iou)
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
+            bar.set_postfix_str(f"mean IoU {percent(mean_iou)}")
             if log:
                 log.write(row, picture)
                 run.prune(path, args.keep, state.best)
@@ -390,6 +419,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
     write_results(folder, dataset, result, details, about, args.plots)
     print_results(dataset.classes, result)
+    print_never_predicted(dataset.classes, result)
     print(f"predictions, samples.png, worst.png, per_image.csv and metrics.json are in {folder}")
 
 
@@ -408,6 +438,10 @@ def run_export(args: argparse.Namespace) -> None:
     """The command with --export: the network as it is evaluated, in a file that needs none of this code."""
     check_format(args.export)
     model, path = open_model(args, torch.device("cpu"))
+    if args.export.endswith(".pth"):
+        write_whole(args.export, partial(torch.save, checkpoints.model_entries(model)))
+        print(f"{args.export} is written: weights and classes, for --checkpoint, --init and deeplab.load")
+        return
     about = {"classes": list(model.classes), "palette": [list(color) for color in model.palette]}
     export(model.fuse(), args.export, {**about, "model": model.config, "checkpoint": path})
     print(f"{args.export} is written: image uint8 (N, 3, H, W) in, labels uint8 (N, H, W) and logits out")
@@ -426,6 +460,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plots:
         pictures.make_figure(1, 1)  # whether it can, before the work
     device = pick_device(args)
+    print(f"on {utils.describe_device(device, number_format(args, device))}")
     if WORLD > 1:
         utils.join_processes(device)
     if args.predict:

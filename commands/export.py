@@ -75,8 +75,8 @@ def check_format(path: str) -> str:
     """The ending of a file to export to. Raises UserError if it is none of `FORMATS`, or the packages for it
     are missing."""
     ending = os.path.splitext(path)[1].lower()
-    if ending not in FORMATS:
-        raise UserError(f"--export {path}: its ending tells the format, {' or '.join(FORMATS)}")
+    if ending not in FORMATS and ending != ".pth":
+        raise UserError(f"--export {path}: its ending tells the format, {', '.join(FORMATS)} or .pth")
     if ending == ".onnx":
         try:
             import onnx  # noqa: F401

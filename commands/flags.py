@@ -3,11 +3,14 @@
 import argparse
 import math
 import os
+import re
+from difflib import get_close_matches
 
 from commands.download import DOWNLOADS
 from utils import RANK, WORLD
 
-BACKBONES = ["resnet50", "resnet101", "resnet152"]
+BACKBONES = ["resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2"]
+BACKBONES += ["wide_resnet101_2", "mobilenet_v3_large"]
 # The data sets, and where they lie without --data_root.
 DATA_ROOTS = {
     "pascal": "data/VOCdevkit",
@@ -26,17 +29,23 @@ SHAPES_DEFAULTS = {
     "epochs": 4,
     "base_lr": 0.02,
 }
-# Without --train these are None unless given: a checkpoint tells what it holds.
-CHECKPOINT_FLAGS = (
-    *("backbone", "groups", "weight_std", "beta", "output_stride", "multi_grid", "aspp_rates"),
-    *("no_image_pooling", "epochs"),
+# Where a checkpoint tells what model it holds, these are None unless given.
+MODEL_FLAGS = ["backbone", "groups", "weight_std", "beta", "multi_grid", "aspp_rates", "no_image_pooling"]
+MODEL_FLAGS += ["output_stride", "head"]
+CUSTOM_LR = (
+    0.007  # for --dataset custom and a batch of 16, as in the paper; the published default suits no other
 )
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        line = f"main.py: error: {message} (all flags: python main.py --help)\n"
-        self.exit(2, line if RANK == 0 else None)
+        hint = "all flags: python main.py --help"
+        if message.startswith("unrecognized") and (flag := re.search(r"--[\w-]+", message)):
+            name, known = flag[0].replace("-", "_").replace("__", "--", 1), list(self._option_string_actions)
+            close = [k for k in known if k.endswith("_" + name[2:])] or get_close_matches(name, known)
+            close = [name] if name in known else close
+            hint = f"did you mean {close[0]}?" if close else hint
+        self.exit(2, f"main.py: error: {message} ({hint})\n" if RANK == 0 else None)
 
 
 def positive(text: str) -> int:
@@ -69,7 +78,11 @@ def make_parser() -> Parser:
         nargs="+",
         help="segment images, folders, patterns; - reads paths from stdin",
     )
-    add("--export", metavar="FILE", help="write the network of --checkpoint to FILE.onnx or FILE.pt2")
+    add(
+        "--export",
+        metavar="FILE",
+        help="write the network to FILE.onnx or .pt2, or its weights to FILE.pth",
+    )
     add("--download", metavar="NAME", nargs="+", choices=DOWNLOADS, help=f"fetch {', '.join(DOWNLOADS)}")
     add = group.add_argument
     add("--exp", metavar="NAME", help="name of the experiment, part of the checkpoints' names")
@@ -88,7 +101,8 @@ def make_parser() -> Parser:
     add("--skip_bad", action=yes, help="decode all files first, and leave out damaged samples")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=BACKBONES, default="resnet101", help="torchvision ResNet to build on")
+    add("--backbone", choices=BACKBONES, default="resnet101", help="network of torchvision to build on")
+    add("--head", choices=("v3", "v3plus", "torchvision"), default="v3", help="what follows ASPP")
     add("--groups", type=int, help="use GroupNorm with N groups; 0 is BatchNorm", metavar="N")
     add("--weight_std", action=switch, default=False, help="weight standardisation of the convs")
     add("--beta", action=yes, help="three 3x3 convs as the stem instead of one 7x7")
@@ -158,15 +172,17 @@ def make_parser() -> Parser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, with the defaults that the data set brings; see CHECKPOINT_FLAGS for those without."""
+    """The flags, with the defaults that the data set brings; None for what a checkpoint tells."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.dataset == "shapes":
         parser.set_defaults(**SHAPES_DEFAULTS)
-    if args.train:
-        parser.set_defaults(split=None)  # None is not given, which `check_args` wants to know
-    else:
-        parser.set_defaults(**dict.fromkeys(CHECKPOINT_FLAGS))
+    if args.dataset == "custom":
+        parser.set_defaults(base_lr=CUSTOM_LR * args.batch_size / 16)
+    if not args.train or args.init:
+        parser.set_defaults(**dict.fromkeys(MODEL_FLAGS))
+    # None is not given, which `check_args` asks.
+    parser.set_defaults(**{"split": None} if args.train else {"epochs": None})
     args = parser.parse_args(argv)
     check_args(parser, args)
     args.split = args.split or "val"
@@ -179,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def model_options(args: argparse.Namespace) -> dict:
     """The arguments of `DeepLabv3` that the flags give."""
-    keys = ("backbone", "weight_std", "beta", "output_stride", "multi_grid", "aspp_rates")
+    keys = ("backbone", "weight_std", "beta", "output_stride", "multi_grid", "aspp_rates", "head")
     options = {key: getattr(args, key) for key in keys} | {"num_groups": args.groups}
     options["image_pooling"] = None if args.no_image_pooling is None else not args.no_image_pooling
     return {key: value for key, value in options.items() if value is not None}
@@ -210,8 +226,9 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("only training and evaluation take several processes: leave out torchrun")
     if args.predict and args.compile:
         parser.error("--compile is for training and evaluation: photos have too many sizes to compile for")
-    if (args.predict or args.export) and not args.checkpoint:
-        parser.error(f"--{'predict' if args.predict else 'export'} needs --checkpoint FILE")
+    if (args.predict or args.export) and not (args.checkpoint or args.exp):
+        name = "predict" if args.predict else "export"
+        parser.error(f"--{name} needs --checkpoint FILE, or --exp NAME for the newest of an experiment")
     if args.export and (args.scales != [1.0] or args.flip):
         parser.error("--export writes one pass of the network: leave out --scales and --flip")
     if args.export and (args.device or args.amp or args.compile):

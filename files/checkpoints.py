@@ -6,6 +6,7 @@ A checkpoint is a dict. Published ones have `epoch`, `state_dict`, whose names b
 
 import os
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,16 @@ from files.whole import write_whole
 from utils import UserError
 
 IMAGENET_GN_WS = "R-101-GN-WS.pth.tar"  # ResNet-101 with GN+WS, from the Weight Standardization authors
-BACKBONES = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the number of blocks in layer3
+# The backbones by the number of blocks in layer3 and the shape of layer1.0.conv2.weight.
+BACKBONES = {
+    (6, 64, 64): "resnet50",
+    (23, 64, 64): "resnet101",
+    (36, 64, 64): "resnet152",
+    (6, 128, 4): "resnext50_32x4d",
+    (23, 256, 8): "resnext101_32x8d",
+    (6, 128, 128): "wide_resnet50_2",
+    (23, 128, 128): "wide_resnet101_2",
+}
 FLAG_NAMES = {
     "num_groups": "groups",
     "num_classes": "dataset (number of classes)",
@@ -35,34 +45,85 @@ RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_
 RUN_FLAGS += ["seed", "class_weights"]
 
 
+def file_name(name: str) -> str:
+    """The name of a tensor of `DeepLabv3` in files, which is the published one where there is one."""
+    name = name.removeprefix("trunk.")
+    return f"aspp.{name.removeprefix('head.')}" if name.startswith("head.conv3.") else name
+
+
 def read(path: str) -> dict:
     """Read a checkpoint as data: nothing in it is executed.
 
-    Returns the file's dict; its `state_dict` (the whole dict where the file is a flat one) has names without
-    the prefix `module.`. Reads torch's zip format and the legacy one of the published files. Raises UserError
-    if the file cannot be read, is no checkpoint, or would run code."""
+    Takes torch's zip format, the legacy one of the published files, and .safetensors; of other programs
+    `{"model": state_dict}` and the like, prefixes such as `module.`, and torchvision's names of a DeepLabv3.
+    Returns the file's dict, whose `state_dict` has the names of `file_name`. Raises UserError if the file
+    cannot be read, is no checkpoint, or would run code."""
+    checkpoint = load_file(path)
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    keys = ("state_dict", "model_state", "model_state_dict", "model_ema", "model")
+    state = next(filter(is_state, [*map(entries.get, keys), checkpoint]), None)
+    if state is None:
+        raise UserError(f"{path} holds no state_dict of tensors")
+    config, names = entries.get("model", {}), entries.get("classes", [])
+    if state is not entries.get("state_dict"):
+        entries = {}  # another program's
+    elif not isinstance(config, dict) or any(isinstance(value, Tensor) for value in config.values()):
+        raise UserError(f"{path} does not say what model it holds")
+    elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} does not name its classes")
+    prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile, Lightning
+    state = {file_name(prefix.sub("", str(key))): value for key, value in state.items()}
+    return {**entries, "state_dict": from_torchvision(state)}
+
+
+def load_file(path: str) -> object:
+    """What lies in a checkpoint file, loaded as data. Raises UserError as `read`."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if path.endswith(".safetensors"):
+            try:
+                from safetensors.torch import load_file as load_safetensors
+            except ImportError as error:
+                raise UserError(f"{path} needs a package: pip install safetensors") from error
+            return load_safetensors(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
-            raise UserError(f"{path} is refused: it is a pickle that names code, not only tensors") from error
+            hint = "if it is a whole model of yours, save torch.save(model.state_dict(), FILE) instead"
+            raise UserError(
+                f"{path} is refused: it is a pickle that names code, not only tensors; {hint}"
+            ) from error
         raise UserError(f"{path} is not a PyTorch checkpoint") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        # What torch.load raises on a damaged file depends on where the damage lies.
+    except Exception as error:  # what a damaged file raises depends on where the damage lies
         raise UserError(f"{path} is damaged or not a PyTorch checkpoint: fetch or write it again") from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-    if not state or not tensors:
-        raise UserError(f"{path} holds no state_dict of tensors")
-    config, names = checkpoint.get("model", {}), checkpoint.get("classes", [])
-    if not isinstance(config, dict) or any(isinstance(value, Tensor) for value in config.values()):
-        raise UserError(f"{path} does not say what model it holds")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} does not name its classes")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    return {**(checkpoint if "state_dict" in checkpoint else {}), "state_dict": state}
+
+
+def is_state(value: object) -> bool:
+    return (
+        isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    )
+
+
+def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of torchvision's `DeepLabV3` under the names of `file_name`; others as they are."""
+    if "classifier.0.convs.0.0.weight" not in state:
+        return state
+    prefixes = {"backbone.": "features." if "backbone.0.0.weight" in state else ""}
+    for i in range(5):  # the branches, of which the last begins with a pooling layer
+        first = int(f"classifier.0.convs.{i}.0.weight" not in state)
+        prefixes[f"classifier.0.convs.{i}.{first}."] = f"aspp.aspp{i + 1}."
+        prefixes[f"classifier.0.convs.{i}.{first + 1}."] = f"aspp.aspp{i + 1}_bn."
+    prefixes |= {"classifier.0.project.0.": "aspp.conv2.", "classifier.0.project.1.": "aspp.bn2."}
+    prefixes |= {"classifier.1.": "head.conv1.", "classifier.2.": "head.bn1.", "classifier.4.": "aspp.conv3."}
+    renamed = {}
+    for key, tensor in state.items():
+        old = next(filter(key.startswith, prefixes), "")
+        if not key.startswith("aux_classifier."):  # of its training
+            renamed[prefixes.get(old, "") + key.removeprefix(old)] = tensor
+    return renamed
 
 
 def load_imagenet(model: nn.Module) -> None:
@@ -74,19 +135,22 @@ def load_imagenet(model: nn.Module) -> None:
         given = "only BN and GN+WS have an ImageNet start"
         raise UserError(f"{given}: give both of --groups and --weight_std, or --scratch")
     path, source = imagenet_gn_ws(config) if config["weight_std"] else imagenet_bn(config)
+    load_trunk(model, source, path)
+
+
+def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
+    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing or has another
+    shape."""
     # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
-    fresh = ("aspp.", "conv1.") if config["beta"] else "aspp."
-    trunk = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if not key.startswith(fresh) and not key.endswith("num_batches_tracked")
-    }
-    missing = [key for key, tensor in trunk.items() if key not in source or source[key].shape != tensor.shape]
+    fresh = "conv1." if model.config["beta"] and "conv1.weight" in source else "-"
+    own = {k: v for k, v in model.trunk.state_dict().items() if not k.startswith(fresh)}
+    own = {key: tensor for key, tensor in own.items() if not key.endswith("num_batches_tracked")}
+    missing = [key for key, tensor in own.items() if key not in source or source[key].shape != tensor.shape]
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of the trunk's {len(trunk)} tensors are not in it: {missing[0]}"
+            f"{path}: {len(missing)} of the trunk's {len(own)} tensors are not in it: {missing[0]}"
         )
-    model.load_state_dict({key: source[key] for key in trunk}, strict=False)
+    model.trunk.load_state_dict({key: source[key] for key in own}, strict=False)
 
 
 def imagenet_gn_ws(config: dict) -> tuple[str, dict[str, Tensor]]:
@@ -126,25 +190,37 @@ def model_config(checkpoint: dict, path: str) -> dict:
     show (the number of groups, the rates) is as published: GN comes as 32 groups with weight standardisation.
     Raises UserError if these are not the weights of a DeepLabv3."""
     if not is_published(checkpoint):
-        return checkpoint["model"]
+        return {"head": "v3", **checkpoint["model"]}  # earlier checkpoints had no other
     state = checkpoint["state_dict"]
-    backbone = BACKBONES.get(len({key.split(".")[1] for key in state if key.startswith("layer3.")}))
+    blocks = len({key.split(".")[1] for key in state if key.startswith("layer3.")})
+    width = tuple(state["layer1.0.conv2.weight"].shape[:2]) if "layer1.0.conv2.weight" in state else ()
+    backbone = "mobilenet_v3_large" if "features.16.0.weight" in state else BACKBONES.get((blocks, *width))
+    group_norm = "bn1.weight" in state and "bn1.running_mean" not in state
+    config = {"backbone": backbone, "num_groups": 32 if group_norm else None, "weight_std": group_norm}
+    config["beta"] = "conv1.0.weight" in state
+    if backbone and is_trunk(checkpoint):
+        return config
     kernels = []
     while f"aspp.aspp{len(kernels) + 1}.weight" in state:
         kernels.append(state[f"aspp.aspp{len(kernels) + 1}.weight"].shape[-1])
     if backbone is None or kernels[:2] != [1, 3] or "aspp.conv3.weight" not in state:
-        expected = "layer1 to layer4 of a ResNet, and aspp"
-        raise UserError(f"{path} does not hold the weights of a DeepLabv3 ({expected})")
-    group_norm = "bn1.running_mean" not in state
-    return {
-        "backbone": backbone,
-        "num_classes": state["aspp.conv3.weight"].shape[0],
-        "num_groups": 32 if group_norm else None,
-        "weight_std": group_norm,
-        "beta": "conv1.0.weight" in state,
-        "aspp_rates": [6 * (i + 1) for i in range(kernels.count(3))],
+        names = ", ".join(list(state)[:3])
+        raise UserError(f"{path} does not hold the weights of a DeepLabv3; its tensors begin with {names}")
+    config["num_classes"] = state["aspp.conv3.weight"].shape[0]
+    config |= {
         "image_pooling": kernels[-1] == 1,
+        "aspp_rates": [6 * (i + 1) for i in range(kernels.count(3))],
     }
+    if "head.conv1.weight" in state:  # rates 12, 24, 36
+        config |= {"head": "torchvision", "output_stride": 8}
+        if backbone == "mobilenet_v3_large":
+            config |= {"output_stride": 16, "aspp_rates": [12, 24, 36]}
+    return config
+
+
+def is_trunk(checkpoint: dict) -> bool:
+    """Whether a checkpoint has a trunk alone, such as torchvision's ImageNet weights."""
+    return not any(key.startswith("aspp.") for key in checkpoint["state_dict"])
 
 
 def differing_flags(config: dict, checkpoint: dict, path: str) -> list[str]:
@@ -172,7 +248,8 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     another model (naming the flags that differ), or is damaged."""
     if differing := differing_flags(model.config, checkpoint, path):
         raise UserError(f"{path} was trained with other flags: {', '.join(differing)}")
-    state, expected = checkpoint["state_dict"], model.state_dict()
+    state = checkpoint["state_dict"]
+    expected = {file_name(key): tensor for key, tensor in model.state_dict().items()}
     for key, tensor in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, tensor)
@@ -185,15 +262,19 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
             raise UserError(f"{path}: {key} holds values that are not finite")
     if unknown := [key for key in state if key not in expected]:
         raise UserError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
-    model.load_state_dict(state)
+    model.load_state_dict({key: state[file_name(key)] for key in model.state_dict()})
 
 
-def init_weights(model: nn.Module, path: str) -> None:
+def init_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     """Load a checkpoint to start from: all of it, or all but the classifier if its number of classes differs.
 
     Prints what it starts from. Raises UserError as `load_weights` and `compare_classes`."""
-    checkpoint, own = read(path), model.state_dict()
+    if is_trunk(checkpoint):
+        load_trunk(model, checkpoint["state_dict"], path)
+        print(f"starts from the trunk in {path}; ASPP and the head start anew")
+        return
     state = dict(checkpoint["state_dict"])
+    own = {file_name(key): tensor for key, tensor in model.state_dict().items()}
     classifier = ("aspp.conv3.weight", "aspp.conv3.bias")
     left_out = [key for key in classifier if key in state and state[key].shape != own[key].shape]
     state.update({key: own[key] for key in left_out})
@@ -245,6 +326,16 @@ class Resumed(NamedTuple):
     per_epoch: int
 
 
+def model_entries(model: nn.Module) -> dict:
+    """The entries of a checkpoint from which `deeplab.load` makes a `DeepLabv3` again."""
+    return {
+        "state_dict": {f"module.{file_name(key)}": tensor for key, tensor in model.state_dict().items()},
+        "model": model.config,
+        "classes": list(model.classes),
+        "palette": [list(color) for color in model.palette],
+    }
+
+
 @dataclass
 class Training:
     """The state of a training run, which saves and resumes itself.
@@ -283,13 +374,11 @@ class Training:
             "images": self.images,
             "per_epoch": self.per_epoch,
             "best": tuple(self.best) if self.best else None,
-            "state_dict": {f"module.{key}": tensor for key, tensor in self.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "flags": self.flags,
-            "model": self.model.config,
-            "classes": list(self.model.classes),
-            "palette": [list(color) for color in self.model.palette],
+            **model_entries(self.model),
+            "threads": torch.get_num_threads(),
         }
         write_whole(path, partial(torch.save, entries))
 
@@ -322,6 +411,10 @@ class Training:
         if changed:
             shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
             print(f"the run continues with other flags: {shown}")
+        now = torch.get_num_threads()
+        before = checkpoint.get("threads", now)
+        if before != now and next(self.model.parameters()).device.type == "cpu":
+            print(f"torch has {now} threads, not {before} as before: the run will round differently")
         if (images, per_epoch) != (self.images, self.per_epoch):
             now = f"{self.images} images in {self.per_epoch} iterations"
             before = f"{images} images in {per_epoch} iterations as before"
@@ -339,17 +432,18 @@ class Training:
         Raises LookupError, ValueError, TypeError, AttributeError if it is of another network."""
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         parameters = dict(self.model.named_parameters())
-        names = sorted(parameters, key=lambda name: name.startswith("aspp."))
+        names = list(parameters)
         if len(numbers) != len(names):
             norms = {name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)}
             names = [name for name in names if name.rpartition(".")[0] not in norms]
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        # Zero is what a new run begins with, and in the strides of the parameter the fused step reads it.
+        own = {parameter: torch.zeros_like(parameter) for parameter in trained}
         for name, number in zip(names, numbers, strict=True):
             parameter, momentum = parameters[name], state["state"].get(number, {}).get("momentum_buffer")
-            if not parameter.requires_grad:
-                continue
-            # Zero is what a new run begins with, and in the strides of the parameter the fused step reads it.
-            own = self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            if momentum is not None:
+            if parameter.requires_grad and momentum is not None:
                 if momentum.shape != parameter.shape:
                     raise ValueError("the momentum of the optimizer is of another shape")
-                own.copy_(momentum)
+                own[parameter].copy_(momentum)
+        for parameter, momentum in own.items():
+            self.optimizer.state[parameter]["momentum_buffer"] = momentum

@@ -1,6 +1,7 @@
 """main.py with a network so small that a test can start it many times: `python tests/tiny.py FLAGS`.
 
-It runs on the CPU, unless --device says otherwise.
+Its backbone, `--backbone tiny`, is a ResNet of one block a stage. It runs on the CPU, unless --device says
+otherwise.
 """
 
 import os
@@ -13,13 +14,19 @@ import torch
 
 import deeplab
 import main
+from commands import flags
+from files import checkpoints
+
+deeplab.BACKBONES["tiny"] = {"layers": (1, 1, 1, 1)}
+checkpoints.BACKBONES[1, 64, 64] = "tiny"
+flags.BACKBONES.append("tiny")
 
 
 def run(argv: list[str], folder: str = ".") -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
-    deeplab.LAYERS["resnet50"] = (1, 1, 1, 1)
-    main.main([str(word) for word in argv] + (["--device", "cpu"] if "--device" not in argv else []))
+    words = [str(word) for word in argv]
+    main.main(flags.parse_args(words + (["--device", "cpu"] if "--device" not in words else [])))
 
 
 if __name__ == "__main__":
