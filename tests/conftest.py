@@ -1,6 +1,7 @@
 """What the tests share: the command line run in-process, the golden weights, a small data set, the shared
 images."""
 
+import copy
 import importlib.util
 import json
 import multiprocessing
@@ -14,14 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny  # noqa: F401, registers --backbone tiny
 import torch
 from PIL import Image
 
 import deeplab
 import main
+from commands.flags import parse_args
+from files import checkpoints
 
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it, and so would what tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each core has a process of tests
+    os.environ["OMP_NUM_THREADS"] = "1"
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real images stand beside the project")
@@ -31,13 +38,23 @@ weights = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(weights)
 
 TINY = Path(__file__).parent / "tiny.py"
-NETWORK = ["--groups", 32, "--weight_std", "--aspp_rates", 6, "--no_image_pooling"]  # the smallest there is
-SMALL = ["--backbone", "resnet50", "--scratch", "--crop_size", 33, "--batch_size", 4, "--workers", 0]
+ASPP = ["--aspp_rates", 6, "--no_image_pooling"]  # the smallest there is
+NETWORK = ["--groups", 32, "--weight_std", *ASPP]
+SMALL = ["--backbone", "tiny", "--scratch", "--crop_size", 33, "--batch_size", 4, "--workers", 0]
 NORMS = {"bn": {}, "gn_ws": {"num_groups": 32, "weight_std": True}, "beta": {"beta": True}}
 
 
 def golden_state(kind: str) -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(x) for key, x in weights.state_dict(GOLDEN / f"keys_{kind}.json").items()}
+
+
+def file_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a DeepLabv3 under their names in files."""
+    return {checkpoints.file_name(key): tensor for key, tensor in model.state_dict().items()}
+
+
+def load_file_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict({key: state[checkpoints.file_name(key)] for key in model.state_dict()})
 
 
 def golden_keys(kind: str) -> dict[str, list[int]]:
@@ -78,9 +95,8 @@ def no_accelerators(request, monkeypatch):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Flags of a run on a small data set of 6 training images; a resnet50 has one block a stage meanwhile."""
-    monkeypatch.setitem(deeplab.LAYERS, "resnet50", (1, 1, 1, 1))
+def small(tmp_path):
+    """Flags of a run on a small data set of 6 training images, with a network of one block a stage."""
     return ["--dataset", "custom", "--data_root", make_list_dataset(tmp_path / "set"), *SMALL]
 
 
@@ -109,17 +125,14 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: object) -> tuple[int, str, str]:
-        status, before = 0, multiprocessing.active_children()
-        try:
-            main.main([str(word) for word in argv])
-        except SystemExit as stop:
-            status = stop.code
-            if isinstance(status, str):  # sys.exit("message") prints it and exits with 1
-                print(status, file=sys.stderr)
-                status = 1
+        before, args = multiprocessing.active_children(), None
+        with pytest.raises(SystemExit) as stop:
+            args = parse_args([str(word) for word in argv])
+            flags = copy.deepcopy(vars(args))
+            main.main(args)
+        assert args is None or vars(args) == flags  # nothing writes into them
         assert multiprocessing.active_children() == before  # whatever went wrong, the loader's workers ended
-        out, err = capsys.readouterr()
-        return status, out, err
+        return stop.value.code, *capsys.readouterr()
 
     return run
 
@@ -129,19 +142,21 @@ def trained(tmp_path_factory):
     """A data set of 3 classes and a checkpoint that has learnt its training images."""
     folder = tmp_path_factory.mktemp("trained")
     root = make_list_dataset(folder / "set", train=8, val=2)
-    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, "--crop_size", 65]
-    flags += ["--epochs", 20, "--base_lr", 0.02, "--groups", 32, "--weight_std"]
-    flags += ["--device", "cpu"]
+    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, *NETWORK]
+    flags += ["--crop_size", 65, "--epochs", 20, "--base_lr", 0.02, "--save_every", 20, "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main.main([str(word) for word in flags])
-    return folder / "data/deeplab_resnet50_custom_v3_x_epoch20.pth", root
+        with pytest.raises(SystemExit):
+            main.main(parse_args([str(word) for word in flags]))
+    return folder / "data/deeplab_tiny_custom_v3_x_epoch20.pth", root
 
 
 def spoil(kind: str, path: Path) -> None:
     """Write a checkpoint with this flaw."""
-    model = deeplab.resnet50(False, 3, num_groups=32, weight_std=True, aspp_rates=[6], image_pooling=False)
-    state = model.state_dict()
+    model = deeplab.build(
+        "tiny", False, 3, num_groups=32, weight_std=True, aspp_rates=[6], image_pooling=False
+    )
+    state = file_state(model)
     key = "layer4.0.conv2.weight"
     if kind == "nan":
         state[key].view(-1)[7] = torch.nan

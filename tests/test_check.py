@@ -4,8 +4,13 @@ import re
 import shutil
 
 import numpy as np
-from conftest import SHARED, bomb, make_list_dataset, needs_shared, one_line
+import pytest
+from conftest import SHARED, bomb, damage, make_list_dataset, needs_shared, one_line
 from PIL import Image
+
+from commands.check import count_labels, drop_bad, median_frequency, scan
+from datasets import ListSegmentation
+from utils import UserError
 
 CHECK = ["--check", "--dataset", "custom", "--data_root"]
 
@@ -71,7 +76,82 @@ def test_every_fault_is_told(cli, tmp_path):
 
     # What is wrong with both parts is told once.
     status, out, err = cli(*CHECK, make_list_dataset(tmp_path / "other", classes=("a = 0", "b")))
-    assert status == 1 and one_line(err) and "faults: 1" in out
+    assert status == 1 and one_line(err) and "faults: 1\n" in out
+
+
+@pytest.mark.parametrize("folder", ["set", "a: set", "a; set", "set (1 other)"])
+def test_faults_are_counted_by_file(cli, tmp_path, folder):
+    """Four masks of one flaw are four faults, whatever is in their paths."""
+    root = make_list_dataset(tmp_path / folder)
+    for i in range(4):
+        mask = np.array(Image.open(root / f"masks/train{i}.png"))
+        mask[0, 0] = 7
+        Image.fromarray(mask).save(root / f"masks/train{i}.png")
+    damage("cut", root / "images/val1.jpg")
+    status, out, err = cli(*CHECK, root)
+    assert status == 1 and "faults: 5\n" in out
+    assert f"{root}/masks/train0.png: value 7 at x 0, y 0" in err and "val1.jpg" in err
+    # Each fault has a line, or the line of its like counts it.
+    lines = err.splitlines()
+    assert all(line.startswith("main.py: error: ") for line in lines)
+    assert len(lines) + sum(map(int, re.findall(r" \((\d+) other files", err))) == 5
+
+
+def test_images_in_two_splits_are_counted_by_image(cli, tmp_path):
+    """Copies of one training image are as many images; the same file in both lists is one, too."""
+    root = make_list_dataset(tmp_path / "set")
+    assert "images are train images" not in cli(*CHECK, root)[1]
+    for i in range(3):
+        shutil.copy(root / "images/train2.jpg", root / f"images/val{i}.jpg")
+    status, out, _ = cli(*CHECK, root)
+    assert status == 0 and f"3 of the val images are train images, too: {root}/images/val0.jpg is one" in out
+    shutil.copy(root / "images/train2.jpg", root / "images/train3.jpg")  # copies among those to train on
+    lines = (root / "list/val.txt").read_text()
+    (root / "list/val.txt").write_text(lines + "/images/train0.jpg /masks/train0.png\n")
+    (root / "list/test.txt").write_text("/images/train1.jpg\n/images/val0.jpg\n/images/new.jpg\n")
+    Image.new("RGB", (80, 60), (1, 2, 3)).save(root / "images/new.jpg")
+    status, out, _ = cli(*CHECK, root, "--split", "test")
+    assert status == 0 and "4 of the val images are train images" in out
+    assert "2 of the test images are train images" in out
+
+
+def test_counts_of_images_and_pixels_are_exact(tmp_path):
+    """What one scan tells, beside a slow count: of headers, of masks, of everything, of some samples."""
+    root = make_list_dataset(tmp_path / "set", train=5, size=(31, 17))
+    Image.new("L", (31, 17), 255).save(root / "masks/train2.png")
+    mask = np.array(Image.open(root / "masks/train0.png"))
+    mask[:5] = 255
+    Image.fromarray(mask).save(root / "masks/train0.png")
+    damage("cut", root / "images/train4.jpg")
+    dataset = ListSegmentation(str(root), "train")
+    masks = [np.array(Image.open(root / f"masks/train{i}.png")) for i in range(5)]
+    found = dict(scan(dataset, "all", ""))
+    assert list(found) == list(range(5)) and isinstance(found.pop(4), UserError)
+    for i, contents in found.items():
+        assert contents.size == (17, 31) and contents.pixels.sum() == 17 * 31
+        assert all(contents.pixels[label] == (masks[i] == label).sum() for label in range(256))
+    assert len({contents.digest for contents in found.values()}) == 4
+    only_masks = dict(scan(dataset, "masks", "", [1, 4]))  # the image of the last is not looked at
+    assert list(only_masks) == [1, 4] and only_masks[1].size is None
+    assert np.array_equal(only_masks[1].pixels, found[1].pixels)
+    headers = scan(dataset, "headers", "", range(4))
+    assert all(contents == ((17, 31), None, None) for _, contents in headers)
+
+    counts = count_labels(dataset, [0, 1, 2], "")
+    labelled = [(mask != 255).sum() for mask in masks]
+    for label in range(255):
+        assert counts[0, label] == sum((mask == label).sum() for mask in masks[:3])
+        assert counts[1, label] == sum(
+            n for mask, n in zip(masks[:3], labelled, strict=False) if label in mask
+        )
+    assert counts[0, 255] == (17 + 5) * 31
+    # Frequencies 0.5, 0.25 and 0.125: their median over each.
+    counts = np.zeros((2, 256), int)
+    counts[:, :4] = [[50, 10, 5, 0], [100, 40, 40, 0]]
+    assert median_frequency(counts, 4) == pytest.approx([0.5, 1, 2, 1])
+    (fault,) = drop_bad(dataset, decode=True)
+    assert f"{root}/images/train4.jpg" in fault
+    assert len(dataset) == 4 and dataset.sizes.tolist() == 4 * [[17, 31]]
 
 
 def test_test_part(cli, tmp_path):

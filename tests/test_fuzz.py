@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from commands.evaluate import confusion_matrices, metrics
 from commands.flags import parse_args
 from datasets import SegmentationDataset, TrainBatches, random_crop
-from files.lists import read_list
+from files.lists import read_list, unique_names
 from files.masks import IGNORE, Labels, read_classes
 from files.pictures import voc_palette
-from utils import UserError, confusion_matrix, metrics
+from utils import UserError
 
 settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("tests")
@@ -36,7 +37,7 @@ def test_classes_file(tmp_path_factory, content):
         assert str(path) in str(error) and "\n" not in str(error)
     else:
         count = len(labels.classes)
-        assert 1 <= count == len(set(labels.classes)) == len(labels.palette) <= 255
+        assert 2 <= count == len(set(labels.classes)) == len(labels.palette) <= 255
         assert IGNORE not in labels.classes
         assert all(len(color) == 3 and min(color) >= 0 and max(color) <= 255 for color in labels.palette)
         assert set(labels.values.values()) - {255} == set(range(count))
@@ -49,12 +50,11 @@ def test_list_file(tmp_path_factory, content):
     (root / "list").mkdir(parents=True, exist_ok=True)
     (root / "list/val.txt").write_bytes(content)
     try:
-        pairs = read_list(str(root), "val", "remedy")
+        pairs = read_list(str(root), "val", "hint")
     except UserError as error:
         assert "val.txt" in str(error) and "\n" not in str(error)
     else:
-        assert len(pairs) == pairs.masked > 0
-        assert all(path.startswith(f"{root}/") for i in range(len(pairs)) for path in pairs[i])
+        assert pairs and all(path.startswith(f"{root}/") for pair in pairs for path in pair)
 
 
 values = st.one_of(
@@ -130,23 +130,46 @@ def test_batches_of_any_size(length, batch_size, epochs, min_last, world, start)
 @st.composite
 def labels(draw):
     classes = draw(st.integers(1, 255))
-    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 12)))
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 12)))
     truth = draw(arrays(np.uint8, shape, elements=st.one_of(st.integers(0, classes - 1), st.just(255))))
     return classes, truth, draw(arrays(np.uint8, shape, elements=st.integers(0, classes - 1)))
 
 
+def mean(values):
+    values = [value for value in values if value is not None]
+    return pytest.approx(float(sum(values) / len(values)) if values else None)
+
+
 @given(labels())
-def test_counts_and_iou_against_a_slow_exact_reference(drawn):
+def test_counts_and_measures_against_a_slow_exact_reference(drawn):
     classes, truth, prediction = drawn
-    confusion = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(truth), classes)
-    pairs = [(t, p) for t, p in zip(truth.flat, prediction.flat, strict=True) if t != 255]
-    assert confusion.sum() == len(pairs)
-    assert all(confusion[t, p] == pairs.count((t, p)) for t, p in set(pairs))
-    result, exact = metrics(confusion), []
-    for label in range(classes):
-        hits = pairs.count((label, label))
-        union = sum(label in pair for pair in pairs)
-        exact.append(Fraction(hits, union) if union else None)
-    assert result["iou"] == pytest.approx([None if iou is None else float(iou) for iou in exact])
-    present = [iou for iou in exact if iou is not None]
-    assert result["mean_iou"] == pytest.approx(float(sum(present) / len(present)) if present else None)
+    counts = confusion_matrices(torch.from_numpy(prediction), torch.from_numpy(truth), classes)
+    assert counts.dtype == torch.int64 and counts.shape == (len(truth), classes, classes)
+    for confusion, *image in zip(counts, truth, prediction, strict=True):
+        pairs = [(t, p) for t, p in zip(*(labels.flat for labels in image), strict=True) if t != 255]
+        assert confusion.sum() == len(pairs)
+        assert all(confusion[t, p] == pairs.count((t, p)) for t, p in set(pairs))
+        iou, accuracy = [], []
+        for label in range(classes):
+            hits = pairs.count((label, label))
+            union = sum(label in pair for pair in pairs)
+            total = sum(label == t for t, _ in pairs)
+            iou.append(Fraction(hits, union) if union else None)
+            accuracy.append(Fraction(hits, total) if total else None)
+        result = metrics(confusion)
+        assert result["iou"] == pytest.approx([None if value is None else float(value) for value in iou])
+        assert result["mean_iou"] == mean(iou) and result["mean_accuracy"] == mean(accuracy)
+        assert result["pixel_accuracy"] == mean(Fraction(int(t == p)) for t, p in pairs)
+
+
+folders = st.lists(st.sampled_from(["a", "A", "b", "samples", "..", "."]), max_size=3)
+files = st.sampled_from(["a.jpg", "A.png", "a.jpg.jpg", "a-1.jpg", "a.jpg-1.png", "samples.png", ".jpg"])
+paths = st.lists(st.tuples(folders, files).map(lambda path: "/".join([*path[0], path[1]])), max_size=12)
+
+
+@given(paths=paths)
+def test_names_of_results(paths):
+    """One for each file, whatever the case, beside those that are taken, in no other folder."""
+    found = unique_names(paths, taken=("samples",))
+    assert len({name.lower() for name in found} - {"", "samples"}) == len(found) == len(paths)
+    assert not any(name.startswith("/") or ".." in name.split("/") for name in found)

@@ -1,5 +1,6 @@
-"""Which files are samples: lists, folders that are paired by name, and sets of many files."""
+"""Which files are samples: lists, folders that are paired by name, and the names of their results."""
 
+import os
 import shutil
 import sys
 
@@ -8,9 +9,9 @@ import pytest
 from conftest import one_line, spoil
 from PIL import Image
 
+from commands.check import drop_bad
 from datasets import ListSegmentation, SegmentationDataset, Shapes
-from files.images import header_sizes
-from files.lists import Pairs, common_suffix, find_samples
+from files.lists import common_suffix, find_samples, unique_names
 from files.masks import Labels
 from utils import UserError
 
@@ -28,8 +29,9 @@ def make_folders(root, names, suffix="", ending="jpg"):
 
 
 def samples(root, split):
+    """The pairs of a split, relative to the root."""
     pairs = find_samples(root, split)
-    return [pairs.names(i) for i in range(len(pairs))]
+    return [(os.path.relpath(image, root), mask and os.path.relpath(mask, root)) for image, mask in pairs]
 
 
 NAMES = [f"img{i:03}" for i in range(50)]
@@ -109,7 +111,7 @@ def test_folders_that_do_not_match(tmp_path):
         find_samples(root, "train")
 
 
-def test_folders_without_a_part(tmp_path):
+def test_folders_without_such_a_split(tmp_path):
     root = make_folders(tmp_path, ["img000"])
     with pytest.raises(UserError, match="no images of the train part .1 in all.: put some in images/train"):
         find_samples(root, "train")
@@ -117,6 +119,38 @@ def test_folders_without_a_part(tmp_path):
         find_samples(root, "test")
     with pytest.raises(UserError, match="has neither list/val.txt nor the folders images and masks"):
         find_samples(str(tmp_path / "images"), "val")
+
+
+def test_splits_of_voc(tmp_path, capsys):
+    """The lists in ImageSets are the user's own split; without them, a line says what takes their place."""
+    root = make_folders(tmp_path, NAMES[:5])
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("img003\nimg001\n\n")
+    (lists / "val.txt").write_text("img000\nimg007\n")
+    found = [(f"images/{name}.jpg", f"masks/{name}.png") for name in ("img001", "img003")]
+    assert samples(root, "train") == found and capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="val.txt: no image img007 in"):
+        find_samples(root, "val")
+    shutil.rmtree(tmp_path / "ImageSets")
+    find_samples(root, "train")
+    assert "a hash of its name puts every fifth image in val" in capsys.readouterr().out
+
+
+def test_names_in_two_forms_of_unicode(tmp_path):
+    """An accent is a character of its own in one of the two names: macOS' archives have such."""
+    composed, decomposed = "\u00e4", "a\u0308"
+    for image, mask in ((composed, decomposed), (decomposed, composed)):
+        folder = tmp_path / str(len(image))
+        root = make_folders(folder, [f"val/{image}"], "_m", "png")
+        (folder / f"masks/val/{image}_m.png").rename(folder / f"masks/val/{mask}_m.png")
+        (found,) = find_samples(root, "val")
+        assert found == (f"{root}/images/val/{image}.png", f"{root}/masks/val/{mask}_m.png")
+        (folder / "list").mkdir()
+        (folder / "list/val.txt").write_text(
+            f"images/val/{mask}.png masks/val/{image}_m.png\n", encoding="utf-8"
+        )
+        assert find_samples(root, "val") == [found] and all(map(os.path.exists, found))
 
 
 def test_suffix():
@@ -135,7 +169,7 @@ def test_folders_without_classes_say_what_they_hold(cli, tmp_path):
     assert "`NAME = 0` (80.0%), `NAME = 255` (20.0%)" in err
 
 
-def test_test_part_of_own_data(cli, smallest, tmp_path):
+def test_test_split_of_own_data(cli, smallest, tmp_path):
     """With masks it is evaluated as val is, images alone are predicted; nothing of both."""
     spoil("none", tmp_path / "x.pth")
     flags = ["--checkpoint", "x.pth", *smallest, "--split", "test"]
@@ -159,33 +193,41 @@ def test_test_part_of_own_data(cli, smallest, tmp_path):
         Shapes(str(tmp_path), "test")
 
 
-def test_many_headers_are_read_by_processes_alike(tmp_path):
-    root = make_folders(tmp_path, NAMES)
-    (tmp_path / "images/img007.jpg").write_bytes(b"")
-    few = [(f"images/{name}.jpg", f"masks/{name}.png") for name in NAMES]
-    expected = list(header_sizes(Pairs(root, few)))
-    assert list(header_sizes(Pairs(root, few * 201))) == expected * 201
-    dataset = SegmentationDataset(Pairs(root, few * 201), Labels("ab", [[0, 0, 0]] * 2))
-    faults = dataset.drop_bad()
-    assert len(faults) == 201 and "img007.jpg" in faults[0] and len(dataset) == 49 * 201 == len(dataset.sizes)
-    assert sum(map(len, dataset.eval_batches(4))) == 49 * 201
-
-
-def test_memory_of_many_samples():
-    """A million samples with names of usual lengths take some 100 bytes each."""
-    count = 20_000
-    names = ((f"/JPEGImages/2007_{i:06}.jpg", f"/SegmentationClassAug/2007_{i:06}.png") for i in range(count))
-    pairs = Pairs("data/VOCdevkit/VOC2012", names)
-    assert pairs.names(1234) == ("/JPEGImages/2007_001234.jpg", "/SegmentationClassAug/2007_001234.png")
+def test_samples_that_cannot_be_used_are_left_out_in_order(tmp_path):
+    """By threads: each sample keeps its own size, and each fault comes once, in the order of the list."""
+    names = [f"{i:03}" for i in range(40)]
+    root = make_folders(tmp_path, names)
+    for name in ("007", "021"):
+        (tmp_path / f"images/{name}.jpg").write_bytes(b"")
+    pairs = [(f"{root}/images/{name}.jpg", f"{root}/masks/{name}.png") for name in names] * 3
     dataset = SegmentationDataset(pairs, Labels("ab", [[0, 0, 0]] * 2))
-    dataset.sizes = np.full((count, 2), 500, np.int32)
-    held = len(pairs.buffer) + sys.getsizeof(pairs.ends) + dataset.sizes.nbytes
-    assert held / count < 120
+    faults = drop_bad(dataset)
+    assert [fault.rpartition("images/")[2][:7] for fault in faults] == ["007.jpg", "021.jpg"] * 3
+    kept = [i for i in range(40) if i not in (7, 21)] * 3
+    assert dataset.pairs == [pairs[i] for i in kept]
+    assert dataset.sizes.tolist() == [[10, 20 + i % 3] for i in kept]
+    assert sorted(sum(dataset.eval_batches(4), [])) == list(range(114))
 
 
-def test_names_outside_of_ascii(tmp_path):
-    pairs = Pairs("", [("日本/ä.jpg", "m\udcff.png"), ("b", None)])
-    assert [pairs[0], pairs[1]] == [("日本/ä.jpg", "m\udcff.png"), ("b", None)]
-    assert pairs.masked == 1 and list(pairs.take([1])) == [("b", None)]
-    with pytest.raises(IndexError):
-        pairs[2]
+def test_list_of_names_outside_of_ascii(tmp_path):
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/val.txt").write_text("日本/ä.jpg\tmasks/ö 1.png\n/b.jpg /b.png\n", encoding="utf-8")
+    assert samples(str(tmp_path), "val") == [("日本/ä.jpg", "masks/ö 1.png"), ("b.jpg", "b.png")]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a.jpg", "x/b.png"], ["a", "b"]),
+        (["x/a.jpg", "y/a.jpg", "y/b.jpg"], ["x/a", "y/a", "b"]),
+        (["x/a.jpg", "y/A.jpg"], ["x/a", "y/A"]),  # one file for some file systems
+        (["1/x/a.jpg", "2/x/a.jpg"], ["1/x/a", "2/x/a"]),
+        (["a.jpg", "a.png"], ["a.jpg", "a.png"]),
+        (["a.jpg", "./a.jpg", "a.jpg"], ["a.jpg", "a.jpg-1", "a.jpg-2"]),
+        (["samples.jpg", "x/samples.jpg"], ["samples.jpg", "x/samples"]),
+        (["x/worst.jpg"], ["x/worst"]),
+        (["../a.jpg", "../../x/a.jpg"], ["a", "x/a"]),
+    ],
+)
+def test_names_of_results(paths, names):
+    assert unique_names(paths, taken=("samples", "worst")) == names

@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import deeplab
+from commands.check import unseen_classes
 from datasets import ListSegmentation, load_batches
 from files.images import open_image
 from files.masks import Labels, describe_pixels, read_classes
@@ -48,6 +49,7 @@ def grey(*rows, dtype=np.uint8) -> Image.Image:
         ("ids = 70000\nmore = 70001 3", ["ids", "more"], {70000: 0, 70001: 1, 3: 1, 255: 255}),
         ("a 1 1 1\nignore 224 224 192\nb 2 2 2", ["a", "b"], {0: 0, 1: 1, 255: 255}),
         ("lane 1\nlane 2\n", ["lane 1", "lane 2"], {0: 0, 1: 1, 255: 255}),
+        ("__ignore__\n_background_\na\n", ["_background_", "a"], {0: 0, 1: 1, 255: 255}),  # labelme
     ],
 )
 def test_classes_and_their_values(tmp_path, text, classes, values):
@@ -93,6 +95,7 @@ def test_colours(tmp_path):
         ("bg 0 0\nthing 1 255\n", "write `bg 0 = 0`"),
         ("bg 0 0 0 0\nthing 1 9 9 9\n", "write `bg = 0`"),
         ("ignore = 0\n", "names no class"),
+        ("crack = 255\nignore = 0\n", "names one class, 'crack', and nothing to tell it from: name the"),
         ("", "classes.txt is empty"),
     ],
 )
@@ -126,6 +129,43 @@ def test_masks_of_every_kind(tmp_path):
     assert read(tmp_path, ids, big, "mask.tif").tolist() == [[0, 0, 1, 255, 255]]
     small = grey([0, 300, 7], dtype=np.int32)
     assert read(tmp_path, ids, small, "mask.tif").tolist() == [[0, 0, 255]]
+
+
+def palette_mask(colors: dict[int, tuple], *rows) -> Image.Image:
+    mask = grey(*rows)
+    palette = [9, 9, 9] * 256
+    for index, color in colors.items():
+        palette[3 * index : 3 * index + 3] = color
+    mask.putpalette(palette)
+    return mask
+
+
+SKY, ROAD, CAR = (70, 130, 180), (128, 64, 128), (0, 0, 142)
+COLORED = "sky 70 130 180\nroad 128 64 128\ncar 0 0 142\nignore 1 1 1\n"
+
+
+@pytest.mark.parametrize(
+    ("classes", "colors", "labels"),
+    [
+        (COLORED, {0: SKY, 1: ROAD, 2: CAR}, [0, 1, 2]),  # values and colours agree
+        (COLORED, {0: ROAD, 1: CAR, 2: SKY}, [1, 2, 0]),  # an RGB mask that was made smaller
+        (COLORED, {0: CAR, 1: (1, 1, 1), 2: SKY}, [2, 255, 0]),
+        (COLORED, {i: (i, i, i) for i in range(3)}, [0, 1, 2]),  # grey levels mean nothing
+        (COLORED, {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0)}, [0, 1, 2]),  # nor do VOC's colours
+        ("sky\nroad\ncar\n", {0: ROAD, 1: CAR, 2: SKY}, [0, 1, 2]),  # nor any, if classes have none
+        ("sky = 2\nroad = 1\ncar = 0\n", {0: CAR, 1: ROAD, 2: SKY}, [2, 1, 0]),
+    ],
+)
+def test_palettes(tmp_path, classes, colors, labels):
+    assert read(tmp_path, classes, palette_mask(colors, [0, 1, 2])).tolist() == [labels]
+
+
+def test_palette_that_contradicts_the_classes(tmp_path):
+    mask = palette_mask({0: SKY, 1: (5, 6, 7), 2: ROAD}, [0, 1, 2])
+    with pytest.raises(
+        UserError, match="mask.png: its palette has the colour 5 6 7 at 1, which .*classes.txt"
+    ):
+        read(tmp_path, COLORED, mask)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +202,7 @@ def test_mask_that_jpeg_has_blurred(tmp_path):
 def test_mapping_against_a_slow_reference(data, kind, ignored, tmp_path_factory):
     byte = st.integers(0, 255)
     keys = {"grey": byte, "rgb": st.tuples(byte, byte, byte), "ids": st.integers(0, 10**6)}[kind]
-    names = data.draw(st.lists(keys, min_size=2, max_size=30, unique=True))
+    names = data.draw(st.lists(keys, min_size=2 + ignored, max_size=30, unique=True))
     pixels = data.draw(arrays(np.int64, (7, 9), elements=st.integers(0, len(names) - 1)))
     lines = []
     for i, key in enumerate(names):
@@ -185,6 +225,8 @@ def test_pixels_of_masks_without_a_description():
     assert describe_pixels([Image.new("RGBA", (2, 2), (1, 2, 3, 4))]) == "`NAME 1 2 3` (100.0%)"
     assert describe_pixels([grey(range(200))]).endswith(" and 170 more")
     assert describe_pixels([grey([0, 1]).convert("1")]).startswith("`NAME = 0`")
+    noise = np.random.RandomState(0).randint(0, 256, (60, 80, 3), dtype=np.uint8)
+    assert "look like photos and not like masks" in describe_pixels([Image.fromarray(noise)])
 
 
 def only_zero_and_255(root) -> None:
@@ -196,7 +238,7 @@ def only_zero_and_255(root) -> None:
 def test_objects_that_would_be_ignored_end_the_run(cli, smallest, tmp_path):
     only_zero_and_255(tmp_path / "set")
     write(tmp_path / "set", "background\nthing\n")
-    model = deeplab.resnet50(False, 2, 32, True, aspp_rates=[6], image_pooling=False)
+    model = deeplab.build("tiny", False, 2, 32, True, aspp_rates=[6], image_pooling=False)
     torch.save(model.state_dict(), "x.pth")
     for flags in (["--train", "--exp", "x"], ["--checkpoint", "x.pth"]):
         status, _, err = cli(*flags, *smallest)
@@ -209,22 +251,22 @@ def test_objects_that_would_be_ignored_end_the_run(cli, smallest, tmp_path):
     status, out, _ = cli("--exp", "x", *smallest[:4])
     assert status == 0 and "IoU thing: " in out and "IoU thing: -" not in out
 
-    # What somebody says is to be ignored is no trap, but a class without a pixel is worth a word.
+    # 255 is ignored on purpose, so the run begins, with a word about the class that has no pixel.
     write(tmp_path / "set", "background\nthing\nignore = 255\n")
     status, out, _ = cli("--train", "--exp", "y", "--epochs", 1, *smallest)
     assert status == 0 and "of these classes the train masks that were looked at have no pixel: thing" in out
 
 
 def test_colours_to_ignore_say_nothing_of_values(tmp_path):
-    """255 in grey masks is the trap all the same; what RGB masks ignore by a colour is none."""
+    """255 in grey masks may be a class all the same; what RGB masks ignore by a colour is none."""
     root = make_list_dataset(tmp_path / "set", classes=())
     only_zero_and_255(root)
     write(root, "background 0 0 0\nthing 9 9 9\nignore 255 255 255\n")
     with pytest.raises(UserError, match="write `thing = 255`"):
-        ListSegmentation(str(root), "train").unseen_classes()
+        unseen_classes(ListSegmentation(str(root), "train"))
     for path in (root / "masks").iterdir():
         Image.open(path).convert("RGB").save(path)
-    assert ListSegmentation(str(root), "train").unseen_classes() == ["thing"]
+    assert unseen_classes(ListSegmentation(str(root), "train")) == ["thing"]
 
 
 def test_table_of_labels_is_seen_when_it_is_full():

@@ -1,20 +1,44 @@
-"""Prediction: people's own photos, and use from Python."""
+"""Prediction: people's own photos, the names of their results, and use from Python."""
 
 import csv
 import io
 import os
+import re
+import shutil
 import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import bomb, one_line, spoil
+from conftest import NETWORK, SMALL, bomb, make_list_dataset, one_line, spoil
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import deeplab
+import main
 from commands import predict as prediction
-from utils import confusion_matrix, metrics
+from commands.evaluate import confusion_matrices, metrics
+from commands.flags import parse_args
+from deeplab import Inference
+from files.images import to_rgb
+from files.lists import unique_names
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint that has learnt the training images of a data set of 3 classes, and the data set."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = make_list_dataset(folder / "set", train=8, val=2)
+    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, *NETWORK]
+    flags += ["--crop_size", 65, "--epochs", 12, "--base_lr", 0.04, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit):
+            main.main(parse_args([str(word) for word in flags]))
+    return folder / "data/deeplab_tiny_custom_v3_x_epoch12.pth", root
 
 
 def test_prediction_of_the_training_images(cli, trained, tmp_path):
@@ -22,15 +46,16 @@ def test_prediction_of_the_training_images(cli, trained, tmp_path):
     checkpoint, root = trained
     status, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
     assert status == 0 and "10 of 10 images" in out
-    confusion = 0
+    masks, truths = [], []
     for i in range(8):
         mask = Image.open(tmp_path / f"out/train{i}_mask.png")
         assert mask.mode == "P" and mask.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
-        truth = np.array(Image.open(root / f"masks/train{i}.png"))
-        confusion = confusion + confusion_matrix(torch.from_numpy(np.array(mask)), torch.from_numpy(truth), 3)
+        masks.append(torch.from_numpy(np.array(mask)))
+        truths.append(torch.from_numpy(np.array(Image.open(root / f"masks/train{i}.png"))))
         overlay = Image.open(tmp_path / f"out/train{i}_overlay.jpg")
         assert overlay.width >= mask.width and overlay.height > mask.height  # the legend is below
-    assert metrics(confusion)["mean_iou"] > 0.6
+    confusions = confusion_matrices(torch.stack(masks), torch.stack(truths), 3)
+    assert metrics(confusions.sum(0))["mean_iou"] > 0.6
 
 
 def exif(orientation):
@@ -85,7 +110,7 @@ def test_formats_and_orientations(cli, trained, tmp_path):
         path = tmp_path / "in" / f"{name.replace('.', '_')}.{name.split('.')[1]}"
         turned = name in ("turned.png", *(f"turned{n}.jpg" for n in (5, 6, 7, 8)))
         assert Image.open(tmp_path / f"out/{path.stem}_mask.png").size == ((37, 50) if turned else (50, 37))
-        upright = deeplab.to_rgb(Image.open(path))
+        upright = to_rgb(Image.open(path))
         if orientation := 6 if name == "turned.png" else int(name[6]) if name.startswith("turned") else 0:
             upright = upright.transpose(UNDONE[orientation])
         pixels = np.asarray(upright).astype(int)
@@ -93,13 +118,86 @@ def test_formats_and_orientations(cli, trained, tmp_path):
             assert abs(pixels[15, 20] - 250).max() <= 6 and abs(pixels[[2, 30], 20] - 128).max() <= 6, name
 
 
+def masks_below(folder):
+    """The masks that a prediction has written, by name, with their sizes."""
+    found = folder.rglob("*_mask.png")
+    return {str(path.relative_to(folder)).removesuffix("_mask.png"): Image.open(path).size for path in found}
+
+
 def test_images_of_one_name(cli, trained, tmp_path):
-    for name in ("in/a.png", "in/a.bmp", "in/more/a.png"):
+    """The folder is in the name where it tells them apart, the ending where nothing else does."""
+    sizes = {"in/a.png": (9, 9), "in/a.bmp": (10, 9), "in/more/a.png": (11, 9), "in/more/b.png": (12, 9)}
+    for name, size in sizes.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9 + len(name), 9)).save(tmp_path / name)
-    assert cli("--predict", "in", "in/more", "--checkpoint", trained[0], "--out", "out")[0] == 0
-    widths = [Image.open(path).width for path in (tmp_path / "out").glob("*_mask.png")]
-    assert sorted(widths) == [17, 17, 22]
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "work").mkdir()
+    os.chdir(tmp_path / "work")
+    paths = [tmp_path / "in", "../in/more"]  # no name leads out of --out
+    assert cli("--predict", *paths, "--checkpoint", trained[0], "--out", "out")[0] == 0
+    found = {"in/a.png": (9, 9), "a.bmp": (10, 9), "more/a": (11, 9), "b": (12, 9)}
+    assert masks_below(tmp_path / "work/out") == found
+    assert sorted(os.listdir(tmp_path)) == ["in", "work"] and os.listdir(tmp_path / "work") == ["out"]
+
+
+def test_many_images_of_one_name(cli, trained, tmp_path):
+    """Each is predicted into a file of its own, named by its folder alone."""
+    sizes = {}
+    for i in range(400):
+        folder = tmp_path / f"scenes/scene {i:03} of a long recording"
+        folder.mkdir(parents=True)
+        sizes[f"{folder.name}/rgb"] = size = (8 + i % 7, 9)
+        Image.new("RGB", size, (i % 256, 128, 128)).save(folder / "rgb.png")
+    flags = ["--checkpoint", trained[0], "--out", "out", "--eval_batch_size", 64]
+    status, out, err = cli("--predict", "scenes/*/rgb.png", *flags)
+    assert (status, err) == (0, "") and "400 of 400 images" in out
+    assert masks_below(tmp_path / "out") == sizes
+    assert len(list((tmp_path / "out").rglob("*_overlay.jpg"))) == 400
+    rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    assert [row[:2] for row in rows[1:]] == [[f"scenes/{name}.png", f"{name}_mask.png"] for name in sizes]
+
+
+folders = st.lists(st.sampled_from(["a", "A", "b", "..", ".", ""]), max_size=4).map("/".join)
+files = st.sampled_from(["a.png", "A.png", "a.jpg", "b.png", "a.png.jpg", "a", ".png", "taken.png"])
+paths = st.lists(st.builds("{}/{}".format, folders, files) | files, max_size=9)
+
+
+@given(paths)
+def test_names_have_as_few_folders_as_tell_them_apart(paths):
+    taken = {"taken", "b/a"}
+    names = unique_names(paths, taken)
+    assert len(names) == len(paths) and taken.isdisjoint(names)
+    assert len({name.lower() for name in names}) == len(names)
+    # The parts of a path that can be in a name, with the ending and without it.
+    whole = [[p for p in os.path.normpath(path).split("/") if p not in ("", "..")] for path in paths]
+    stems = [[*parts[:-1], os.path.splitext(parts[-1])[0]] for parts in whole]
+
+    def ambiguous(kept, i, depth):
+        """Whether the last parts of a path are those of another, or another name."""
+        end = "/".join(kept[i][-depth:]).lower()
+        others = ["/".join(kept[j][-depth:]).lower() for j in range(len(paths)) if j != i]
+        return end in {*others, *taken, *(name.lower() for j, name in enumerate(names) if j != i)}
+
+    for i, name in enumerate(names):
+        parts = name.split("/")
+        assert ".." not in parts and "" not in parts  # never absolute, nor out of the folder
+        depth = len(parts)
+        if parts == stems[i][-depth:]:
+            assert depth == 1 or ambiguous(stems, i, depth - 1)
+            continue
+        assert ambiguous(stems, i, len(stems[i]))
+        if parts == whole[i][-depth:]:
+            assert depth == 1 or ambiguous(whole, i, depth - 1)
+        else:  # one path several times, say: then a number tells the copies apart
+            assert re.fullmatch(re.escape("/".join(whole[i])) + r"-\d+", name)
+            assert ambiguous(whole, i, len(whole[i]))
+
+
+def test_names_of_thousands_of_files():
+    """Of one name in as many folders, the folder is enough; of one file, numbers go on counting."""
+    count = 4000
+    paths = [f"/data/scenes/{i}/left/rgb.png" for i in range(count)]
+    assert unique_names(paths) == [f"{i}/left/rgb" for i in range(count)]
+    assert len(set(unique_names(count * ["/data/rgb.png"]))) == count
 
 
 def test_size_that_the_header_did_not_tell(cli, trained, tmp_path, monkeypatch):
@@ -107,7 +205,7 @@ def test_size_that_the_header_did_not_tell(cli, trained, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for name, size in (("a", (40, 30)), ("b", (40, 30)), ("c", (30, 40))):
         Image.new("RGB", size).save(tmp_path / f"in/{name}.png")
-    monkeypatch.setattr(prediction, "header_sizes", lambda pairs: [(30, 40)] * len(pairs))
+    monkeypatch.setattr(prediction, "read_size", lambda path: (40, 30))
     assert cli("--predict", "in", "--checkpoint", trained[0], "--out", "out")[0] == 0
     sizes = [Image.open(tmp_path / f"out/{name}_mask.png").size for name in "abc"]
     assert sizes == [(40, 30), (40, 30), (30, 40)]
@@ -116,7 +214,7 @@ def test_size_that_the_header_did_not_tell(cli, trained, tmp_path, monkeypatch):
 def test_transparency_is_seen_on_white():
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
-    assert np.asarray(deeplab.to_rgb(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
+    assert np.asarray(to_rgb(image)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (3000, 20)])
@@ -142,15 +240,16 @@ def test_unreadable_image_is_reported_and_the_others_are_done(cli, trained, tmp_
 
 
 def test_prediction_with_a_published_checkpoint(cli, tmp_path):
-    model = deeplab.resnet50(False)
-    state = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
+    state = deeplab.build("tiny", False).state_dict()
+    state = {f"module.{key}": tensor for key, tensor in state.items()}
     torch.save({"epoch": 50, "state_dict": state, "optimizer": {}}, tmp_path / "x.pth")
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     flags = ["--predict", "a.png", "--checkpoint", "x.pth", "--out", "out"]
-    status, _, err = cli(*flags)  # of resnet101, unless the flags say otherwise, as in evaluation
-    assert status == 1 and "--backbone" in err
-    assert cli(*flags, "--backbone", "resnet50")[0] == 0
-    assert Image.open(tmp_path / "out/a_mask.png").size == (40, 30)
+    assert cli(*flags)[0] == 0  # its tensors tell the backbone; a flag that contradicts them is an error
+    status, _, err = cli(*flags, "--backbone", "resnet50")
+    assert status == 1 and one_line(err) and "--backbone" in err
+    mask = Image.open(tmp_path / "out/a_mask.png")
+    assert mask.size == (40, 30) and mask.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
 
 
 def test_name_that_is_too_long_for_its_results(cli, trained, tmp_path):
@@ -183,7 +282,7 @@ def test_python_use(trained, tmp_path):
         assert np.array_equal(model.predict(other), model.predict(image))
     grey = np.array(image.convert("L"))
     assert np.array_equal(model.predict(grey), model.predict(Image.fromarray(grey)))
-    with pytest.raises(OSError, match="absent.jpg"):
+    with pytest.raises(UserError, match="cannot read absent.jpg"):
         model.predict("absent.jpg")
     assert not model.training and model.classes == ["a", "b", "c"] and len(model.palette) == 3
     labels = model.predict(Image.open(root / "images/train0.jpg"))
@@ -217,6 +316,7 @@ def test_patterns_and_a_list_on_standard_input(cli, trained, tmp_path, monkeypat
     flags = ["--checkpoint", trained[0], "--out", "out"]
 
     def predicted(*paths):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         assert cli("--predict", *paths, *flags)[0] == 0
         rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
         return [row[0] for row in rows[1:]]
@@ -240,6 +340,32 @@ def test_patterns_and_a_list_on_standard_input(cli, trained, tmp_path, monkeypat
     assert status == 1 and one_line(err) and "--out" in err
 
 
+def test_one_photo_is_predicted_once_however_it_is_spelled(cli, trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/a.png")
+    (tmp_path / "link.png").symlink_to("in/a.png")
+    paths = ["in/a.png", "./in/a.png", tmp_path / "in/a.png", "link.png", "in", "in/*"]
+    status, out, _ = cli("--predict", *paths, "--checkpoint", trained[0], "--out", "out")
+    assert status == 0 and "1 of 1 images" in out and list(masks_below(tmp_path / "out")) == ["a"]
+
+
+def test_rows_of_earlier_predictions_stay_with_their_masks(cli, trained, tmp_path):
+    flags = ["--checkpoint", trained[0], "--out", "out"]
+    for name in "abc":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+
+    def predicted(*names):
+        assert cli("--predict", *names, *flags)[0] == 0
+        rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+        assert rows[0][:2] == ["file", "mask"]
+        return [row[:2] for row in rows[1:]]
+
+    a, b, c = ([f"{name}.png", f"{name}_mask.png"] for name in "abc")
+    assert predicted("a.png", "b.png") == [a, b] and predicted("c.png", "a.png") == [b, c, a]
+    (tmp_path / "out/b_mask.png").unlink()
+    assert predicted("c.png") == [a, c]
+
+
 def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
     """In batches, whose results are those of single images, in the order in which they were named."""
     rng, sizes = np.random.default_rng(0), [(40, 30), (30, 40), (40, 30), (40, 30), (30, 40), (40, 30)]
@@ -261,14 +387,16 @@ def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
     assert status == 1 and one_line(err)
     assert shapes == [(3, 3, 30, 40), (1, 3, 30, 40), (2, 3, 40, 30)]
     header, *rows = csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines())
-    assert header == ["file", "a", "b", "c"] and [row[0] for row in rows] == [f"in/{i}.png" for i in range(6)]
+    assert header == ["file", "mask", "a", "b", "c"]
+    assert [row[0] for row in rows] == [f"in/{i}.png" for i in range(6)]
     for i, size in enumerate(sizes):
-        stem = "2_" if i == 2 else str(i)  # after 2.jpg
+        stem = "2.png" if i == 2 else str(i)  # beside 2.jpg
         labels = np.array(Image.open(tmp_path / f"out/{stem}_mask.png"))
         expected = model.predict(tmp_path / f"in/{i}.png")
         assert labels.shape == size[::-1] and (labels == expected).mean() > 0.99
         shares = [(labels == label).mean() for label in range(3)]
-        assert np.allclose(np.array(rows[i][1:], float), shares, atol=1e-6)
+        assert rows[i][1] == f"{stem}_mask.png"
+        assert np.allclose(np.array(rows[i][2:], float), shares, atol=1e-6)
         grey = np.array(Image.open(tmp_path / f"out/{stem}_confidence.png"))
         pixels = torch.from_numpy(np.array(Image.open(tmp_path / f"in/{i}.png"))).permute(2, 0, 1)[None]
         with torch.inference_mode():
@@ -282,17 +410,17 @@ def test_probabilities_over_scales_and_flip(trained):
     images = torch.randint(0, 256, (1, 3, 33, 49), dtype=torch.uint8)
     with torch.inference_mode():
         logits, single = model.segment(images), model.segment(images, softmax=True)
-        double = model.segment(images, (1.0,), True, softmax=True)
+        double = model.segment(images, Inference(flip=True), softmax=True)
         assert torch.allclose(logits.softmax(1), single) and not torch.allclose(single, double)
         assert torch.allclose(double.sum(1), torch.ones(1))
-        assert torch.equal(double, model.segment(images, (1.0,), True))
+        assert torch.equal(double, model.segment(images, Inference(flip=True)))
 
 
-def test_many_photos_in_bounded_memory(trained, tmp_path):
+def test_many_photos_in_bounded_memory(trained, tmp_path, monkeypatch):
     """Decoding does not run away from the network, nor the network from writing."""
     alive, most = 0, 0
     model = deeplab.load(str(trained[0])).fuse()
-    lock, to_pixels, write = threading.Lock(), prediction.to_pixels, prediction.write_result
+    lock, read, write = threading.Lock(), prediction.read_photo, prediction.write_result
 
     def count(by):
         nonlocal alive, most
@@ -300,9 +428,9 @@ def test_many_photos_in_bounded_memory(trained, tmp_path):
             alive += by
             most = max(most, alive)
 
-    def counted_pixels(*args):
+    def counted_read(*args):
         count(1)
-        return to_pixels(*args)
+        return read(*args)
 
     def counted_write(*args):
         result = write(*args)
@@ -310,8 +438,8 @@ def test_many_photos_in_bounded_memory(trained, tmp_path):
         return result
 
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "to_pixels", counted_pixels)
-        patch.setattr(prediction, "write_result", counted_write)
-        assert prediction.predict_files(model, 200 * [str(tmp_path / "a.png")], str(tmp_path / "out"), 2) == 0
+    monkeypatch.setattr(prediction, "read_photo", counted_read)
+    monkeypatch.setattr(prediction, "write_result", counted_write)
+    files, inference = 60 * [str(tmp_path / "a.png")], Inference(batch_size=2)
+    assert prediction.predict_files(model, files, str(tmp_path / "out"), inference) == 0
     assert alive == 0 and most <= 8

@@ -1,307 +1,121 @@
-"""Nothing lost: kills, signals, full disks, two runs at once, edited logs; what --resume and --keep do."""
+"""What --resume, --init and --keep do; full disks, two runs at once, edited logs."""
 
 import csv
-import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
-from conftest import SMALL, TINY, make_list_dataset, one_line, same_weights, spoil
+from conftest import NETWORK, make_list_dataset, one_line, same_weights
 from PIL import Image
+from processes import narrow
+from torch import nn
 
-import deeplab
 import main
-from datasets import SegmentationDataset
-from files import plots
-from files.runs import Best, Length, Place, Run, RunLog, load_progress
-from utils import STOP_SIGNALS, UserError, end_if_stopped, stop_signals
+from files import checkpoints, pictures, runs
+from files.checkpoints import Best, Resumed, Training
+from files.runs import COLUMNS, Run, RunLog, find_checkpoint
+from utils import UserError
 
-fcntl, resource = pytest.importorskip("fcntl"), pytest.importorskip("resource")  # not on Windows
-LOG = "data/deeplab_resnet50_custom_v3_x.csv"
-STEM = "data/deeplab_resnet50_custom_v3_x_epoch"
-os.environ["PYTHONPATH"] = os.pathsep.join([str(TINY.parent), str(TINY.parents[1])])
-servers = multiprocessing.get_context("forkserver")  # a process starts without importing torch again
-servers.set_forkserver_preload(["tiny", "test_runs"])
+resource = pytest.importorskip("resource")  # not on Windows
+NAME = "deeplab_tiny_custom_v3_x"
+LOG, STEM = f"data/{NAME}.csv", f"data/{NAME}_epoch"
+OFF = torch.amp.GradScaler(enabled=False)
 
 
-def start(folder: Path, *flags: object) -> multiprocessing.Process:
-    """A real process of main.py, with its one working directory."""
-    folder.mkdir(exist_ok=True)
-    process = servers.Process(target=tiny.run, args=([str(flag) for flag in flags], str(folder)))
-    process.start()
-    return process
+@pytest.fixture(autouse=True)
+def narrow_network(monkeypatch):
+    narrow(monkeypatch.setattr)
 
 
-def wait_until(happened, process) -> bool:
-    """Whether it happened before the process ended."""
-    while not (found := happened()) and process.is_alive():
-        time.sleep(0.002)
-    return bool(found)
+def read_log(path: str | Path = LOG) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
-def test_killed_at_20_moments_it_ends_at_the_same_weights(smallest, tmp_path):
-    """Every other kill comes while a checkpoint is being written."""
-    flags = ["--train", "--exp", "x", *smallest, "--epochs", 12, "--save_every", 6, "--save_every_iters", 1]
-    flags += ["--resume", "auto", "--samples", 0]
-    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    process = start(whole, *flags)
-    process.join()
-    assert process.exitcode == 0
-    for kill in range(20):
-        process = start(killed, *flags)
-        if kill % 2:
-            temporary = f"data/*.{process.pid}.*.tmp"
-            assert wait_until(lambda pattern=temporary: list(killed.glob(pattern)), process)
-        else:
-            process.join(rng.uniform(0.2, 1.5))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        for path in killed.glob("data/*.pth"):
-            assert deeplab.read_checkpoint(str(path))
-    process = start(killed, *flags)
-    process.join()
-    assert process.exitcode == 0
-    assert same_weights(whole / f"{STEM}12.pth", killed / f"{STEM}12.pth")
-    # Neither unfinished files nor checkpoints within epochs are left, and the log is that of one run.
-    names = {path.name for path in (whole / "data").iterdir()}
-    assert names == {path.name for path in (killed / "data").iterdir()} and len(names) == 3
-    logs = [(folder / LOG).read_text() for folder in (whole, killed)]
-    rows = [list(csv.DictReader(log.splitlines())) for log in logs]
-    assert [[row["iteration"] for row in run] for run in rows] == 2 * [[str(i) for i in range(1, 25)]]
-    loss = [[(row["lr"], row["val_mean_iou"] or 0) for row in run] for run in rows]
-    assert all(b in (a, (a[0], 0)) for a, b in zip(*loss, strict=True))  # a validation can be cut off
+def contents(folder: str | Path, pattern: str = "*") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob(pattern) if path.is_file()}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_it_saves_and_says_how_to_go_on(smallest, tmp_path, number, status, workers):
-    """The signal goes to all processes of the group, as a terminal or a cluster sends it."""
-    flags = ["--train", "--exp", "x", *smallest, "--epochs", 9999, "--workers", workers, "--log_every", 1]
-    command = [sys.executable, TINY, *flags]
-    run = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs the tests may ignore it
-    )
-    while "iteration 3/" not in run.stdout.readline():
-        assert run.poll() is None
-    os.killpg(run.pid, number)
-    _, err = run.communicate(timeout=60)
-    (checkpoint,) = (tmp_path / "data").glob("*.pth")
-    assert run.returncode == status
-    assert err.strip() == (
-        f"main.py: stopped by {number.name}; data/{checkpoint.name} is saved: "
-        "the same command with --resume auto goes on from there"
-    )
-    assert torch.load(checkpoint, weights_only=True)["iteration"] >= 3
+def epochs_left(folder: str = "data") -> list[int]:
+    return sorted(int(path.stem.split("_epoch")[1]) for path in Path(folder).glob("*.pth"))
 
 
-def test_stopped_and_resumed_it_ends_at_the_same_weights(cli, smallest, tmp_path, monkeypatch):
-    flags = ["--train", "--exp", "x", "--epochs", 3, *smallest]
-    assert cli(*flags)[0] == 0
-    (tmp_path / f"{STEM}3.pth").rename(tmp_path / "whole.pth")
-
+def stop_at_step(monkeypatch, number: int) -> None:
+    """Let SIGTERM come in this step of the next run."""
     step, steps = main.train_step, []
 
     def interrupted(*args, **kwargs):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+        steps.append(args)
+        if len(steps) == number:
+            signal.raise_signal(signal.SIGTERM)
         return step(*args, **kwargs)
 
     monkeypatch.setattr(main, "train_step", interrupted)
-    status, _, err = cli(*flags)
-    assert status == 143 and f"{STEM}1_iter3.pth is saved" in err and len(steps) == 3
-    status, out, _ = cli(*flags, "--resume", "auto")
-    assert status == 0 and f"resumed from {STEM}1_iter3.pth: iteration 3 of 6" in out
-    assert same_weights(tmp_path / "whole.pth", tmp_path / f"{STEM}3.pth")
-    assert not list(tmp_path.glob("data/*_iter*"))
 
 
-def stuck(argv: list[str], folder: str) -> None:
-    """A run whose first step never ends."""
-
-    def step(*args, **kwargs):
-        Path("stuck").touch()
-        time.sleep(60)
-
-    main.train_step = step
-    tiny.run(argv, folder)
+class Killed(BaseException):
+    """Ends a run without saving or tidying up anything, as a kill does."""
 
 
-def test_second_signal_stops_at_once(smallest, tmp_path):
-    flags = ["--train", "--exp", "x", *smallest]
-    process = servers.Process(target=stuck, args=([str(flag) for flag in flags], str(tmp_path)))
-    process.start()
-    assert wait_until((tmp_path / "stuck").exists, process)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(1)
-    assert process.is_alive()  # the first one waits for the step
-    os.kill(process.pid, signal.SIGHUP)
-    process.join(10)
-    assert process.exitcode == -signal.SIGHUP and not list((tmp_path / "data").glob("*.pth"))
+def kill_at_step(monkeypatch, number: int) -> None:
+    step, steps = main.train_step, []
+
+    def killed(*args, **kwargs):
+        steps.append(args)
+        if len(steps) == number:
+            raise Killed
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(main, "train_step", killed)
 
 
-def test_stopped_while_it_validates(cli, smallest, tmp_path, monkeypatch):
-    """The checkpoint is there already, so nothing is waited for."""
-    scores = deeplab.DeepLabv3.scores
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGHUP)
-        return scores(*args)
-
-    monkeypatch.setattr(deeplab.DeepLabv3, "scores", interrupted)
-    flags = ["--train", "--exp", "x", "--epochs", 2, "--save_every", 1, "--eval_batch_size", 1]
-    status, _, err = cli(*flags, *smallest)
-    assert status == 129 and err.strip() == (
-        f"main.py: stopped by SIGHUP; {STEM}1.pth is saved: "
-        "the same command with --resume auto goes on from there"
-    )
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("data/*.pth")] == [f"{STEM}1.pth"]
+def set_scores(monkeypatch, *scores: float) -> None:
+    """The mean IoU of the validations that come."""
+    left, confusion = iter(scores), [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    validation = lambda *_: ({"mean_iou": next(left), "confusion": confusion}, None)  # noqa: E731
+    monkeypatch.setattr(main, "evaluate", validation)
 
 
-def signalled(argv: list[str], folder: str, errors: str) -> None:
-    """tiny.py with its stderr in a file; it says when it begins to take signals."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.simplefilter("ignore")  # of more workers than processors
-    multiprocessing.set_start_method("fork", force=True)  # as a process of its own has it
-    run = main.run
-
-    def begun(args):
-        Path(errors + ".begun").touch()
-        return run(args)
-
-    main.run = begun
-    tiny.run(argv, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "workers"), [("train", 0), ("train", 4), ("evaluate", 0), ("evaluate", 4), ("predict", 0)]
-)
-def test_signals_at_random_times_are_all_obeyed(smallest, tmp_path, command, workers):
-    """To the process alone, from the first moment on, while loaders start their processes, too."""
-    spoil("none", tmp_path / "x.pth")
-    root, rng, ends = make_list_dataset(tmp_path / "set", val=40), random.Random(0), []
-    flags = {
-        "train": ["--train", "--exp", "x", "--save_every", 1, "--epochs", 10_000, "--eval_batch_size", 8],
-        "evaluate": ["--checkpoint", "x.pth", "--eval_batch_size", 1],
-        "predict": ["--checkpoint", "x.pth", "--predict", *[root / "images"] * 40],
-    }[command]
-    flags = [*flags, *smallest, "--workers", workers, "--samples", 0]
-    for number in 5 * STOP_SIGNALS:
-        errors = tmp_path / "errors"
-        for path in (errors, tmp_path / "errors.begun"):
-            path.unlink(missing_ok=True)
-        argv = [str(flag) for flag in flags]
-        process = servers.Process(target=signalled, args=(argv, str(tmp_path), str(errors)))
-        process.start()
-        assert wait_until((tmp_path / "errors.begun").exists, process)
-        process.join(rng.uniform(0, 0.8))
-        os.kill(process.pid, number)
-        process.join(30)
-        said = errors.read_text()
-        ends.append(process.exitcode)
-        assert process.exitcode == 128 + number or (process.exitcode == 0 and command != "train"), said
-        lines = [line for line in said.splitlines() if line]
-        if process.exitcode:
-            assert len(lines) == 1 and lines[0].startswith(f"main.py: stopped by {number.name}"), said
-            assert ("--resume auto" in said) <= (command == "train")
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)
-    assert sum(end != 0 for end in ends) > 5
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees by /proc how far the imports are")
-def test_ctrl_c_during_the_imports(tmp_path):
-    run = subprocess.Popen(
-        [sys.executable, main.__file__, "--exp", "x"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
-        assert run.poll() is None
-    run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=30)[1] == "main.py: stopped by SIGINT\n" and run.returncode == 130
-
-
-def test_signals_that_are_ignored_stay_so():
-    """`nohup` has a run outlive its terminal."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with stop_signals():
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_ctrl_c_outside_training(cli, smallest, tmp_path, monkeypatch, command):
-    spoil("none", tmp_path / "x.pth")
-    scores = deeplab.DeepLabv3.scores
-
-    def interrupted(*args, **options):
-        signal.raise_signal(signal.SIGINT)
-        return scores(*args, **options)
-
-    monkeypatch.setattr(deeplab.DeepLabv3, "scores", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
-    flags = ["--eval_batch_size", 1] if command == "evaluate" else ["--predict", "set/images"]
-    status, _, err = cli("--checkpoint", "x.pth", *flags, *smallest)
-    signal.signal(signal.SIGINT, before)
-    assert (status, err.strip()) == (130, "main.py: stopped by SIGINT")
-    assert not list(tmp_path.glob("data/val/*/metrics.json"))
+# ----------------------------------------------------------------------------------------------------------
+# resuming: the state
 
 
 def test_resume_equals_the_uninterrupted_run(cli, smallest, tmp_path):
-    flags = ["--epochs", 3, "--save_every", 1, "--train", *smallest]
-    assert cli("--exp", "whole", *flags)[0] == 0
+    flags = ["--epochs", 3, "--save_every", 1, "--train", *smallest, "--exp"]
+    assert cli(*flags, "whole")[0] == 0
     (tmp_path / "data").rename(tmp_path / "whole")
-    assert (
-        cli("--exp", "x", *flags, "--resume", tmp_path / "whole/deeplab_resnet50_custom_v3_whole_epoch1.pth")[
-            0
-        ]
-        == 0
-    )
-    end = tmp_path / "whole/deeplab_resnet50_custom_v3_whole_epoch3.pth"
-    assert same_weights(end, tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth")
+    stem = "whole/deeplab_tiny_custom_v3_whole"
+    assert cli(*flags, "x", "--resume", f"{stem}_epoch1.pth")[0] == 0
+    assert same_weights(f"{stem}_epoch3.pth", f"{STEM}3.pth")
+    rows = [read_log(path) for path in (f"{stem}.csv", LOG)]  # the rows up to there come along
+    assert [[(row["iteration"], row["loss"], row["val_mean_iou"]) for row in log] for log in rows] == 2 * [
+        [(row["iteration"], row["loss"], row["val_mean_iou"]) for row in rows[0]]
+    ]
 
-    (tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth").unlink()
-    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto")
+    Path(f"{STEM}3.pth").unlink()
+    status, out, _ = cli(*flags, "x", "--resume", "auto")
     assert status == 0 and "x_epoch2.pth: iteration 4 of 6" in out
-    assert same_weights(end, tmp_path / "data/deeplab_resnet50_custom_v3_x_epoch3.pth")
+    assert same_weights(f"{stem}_epoch3.pth", f"{STEM}3.pth")
 
-    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto", "--base_lr", 1, "--seed", 1)
-    assert "goes on with other flags: --base_lr 0.00025 to 1.0, --seed 0 to 1" in out
-    status, out, _ = cli("--exp", "x", *flags, "--resume", "auto")
+    status, out, _ = cli(*flags, "x", "--resume", "auto", "--base_lr", 1, "--seed", 1)
+    assert "continues with other flags: --base_lr " in out and " to 1.0, --seed 0 to 1" in out
     assert status == 0 and "nothing is left to train" in out
-    status, out, _ = cli("--exp", "new", *flags, "--resume", "auto", "--epochs", 1)
-    assert status == 0 and "resumed" not in out
+    status, out, _ = cli(*flags, "new", "--resume", "auto", "--epochs", 1)
+    assert status == 0 and "no checkpoint to resume from: a new run begins" in out and "resumed" not in out
 
 
 def test_optimizer_state_as_the_original_wrote_it(cli, smallest, tmp_path):
     """torch of 2018 had fewer options of SGD, and named parameters by their addresses."""
     flags = ["--train", "--exp", "x", *smallest]
     assert cli(*flags, "--epochs", 2, "--save_every", 1)[0] == 0
-    (tmp_path / f"{STEM}2.pth").rename(tmp_path / "whole.pth")
-    first = torch.load(tmp_path / f"{STEM}1.pth", weights_only=True)
+    Path(f"{STEM}2.pth").rename("whole.pth")
+    first = torch.load(f"{STEM}1.pth", weights_only=True)
     state, groups = first["optimizer"]["state"], first["optimizer"]["param_groups"]
     address = {number: 140_000_000_000_000 + 72 * number for number in state}
     options = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 1e-4, "nesterov": False}
@@ -309,17 +123,18 @@ def test_optimizer_state_as_the_original_wrote_it(cli, smallest, tmp_path):
         "state": {address[number]: {"momentum_buffer": s["momentum_buffer"]} for number, s in state.items()},
         "param_groups": [{**options, "params": [address[n] for n in group["params"]]} for group in groups],
     }
-    entries = {"epoch": 1, "state_dict": first["state_dict"], "optimizer": published}
-    torch.save(entries, tmp_path / f"{STEM}1.pth", _use_new_zipfile_serialization=False)
-    status, out, _ = cli(*flags, "--epochs", 2, "--resume", tmp_path / f"{STEM}1.pth")
+    # The tiny backbone is none that a published file could be of, so that it has to name its model.
+    entries = {"epoch": 1, "state_dict": first["state_dict"], "optimizer": published, "model": first["model"]}
+    torch.save(entries, f"{STEM}1.pth", _use_new_zipfile_serialization=False)
+    status, out, _ = cli(*flags, "--epochs", 2, "--resume", f"{STEM}1.pth")
     assert status == 0 and "iteration 2 of 4" in out
-    assert same_weights(tmp_path / f"{STEM}2.pth", tmp_path / "whole.pth")
+    assert same_weights(f"{STEM}2.pth", "whole.pth")
 
 
-def two_groups(memory_format: torch.memory_format) -> torch.nn.Module:
+def two_groups(memory_format: torch.memory_format) -> nn.Module:
     torch.manual_seed(0)
-    model = torch.nn.Module()
-    model.trunk, model.aspp = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 3)
+    model = nn.Module()
+    model.trunk, model.aspp = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
     model.forward = lambda x: model.aspp(model.trunk(x))
     return model.to(memory_format=memory_format)
 
@@ -331,7 +146,7 @@ def take_step(model, optimizer, scaler, seed: int, scale: float = 1.0) -> None:
     images = scale * torch.randn(2, 3, 9, 9, generator=generator)
     masks = torch.randint(0, 5, (2, 5, 5), generator=generator).byte()
     images, masks = images.to(model.trunk.weight), masks.to(model.trunk.weight.device)
-    main.train_step(model, optimizer, scaler, images, masks)
+    main.train_step(model, optimizer, scaler, main.CrossEntropy(), images, masks)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -343,22 +158,19 @@ def take_step(model, optimizer, scaler, seed: int, scale: float = 1.0) -> None:
     ],
 )
 def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused):
-    """GroupNorm runs are contiguous on the CPU and channels_last on GPUs, and go on anywhere; so does a state
-    that was saved by the other kind of SGD."""
-    models, optimizers, scaler = [], [], torch.amp.GradScaler(enabled=False)
+    """GroupNorm runs are contiguous on the CPU and channels_last on GPUs, and continue anywhere; so does a
+    state that was saved by the other kind of SGD."""
+    models, optimizers = [], []
     for layout in (saved, loaded):
         models.append(two_groups(layout))
         optimizers.append(main.make_optimizer(models[-1], fused=fused if layout is loaded else not fused))
     for seed in (0, 1):
-        take_step(models[0], optimizers[0], scaler, seed)
-    checkpoint = {"optimizer": optimizers[0].state_dict(), "epoch": 2, "iteration": 2}
+        take_step(models[0], optimizers[0], OFF, seed)
     models[1].load_state_dict(models[0].state_dict())
-    assert load_progress(checkpoint, "x.pth", optimizers[1], scaler, Length(2, 1), {}) == Place(
-        2, 2, resumed="x.pth"
-    )
+    Training(models[1], optimizers[1], OFF, 2, 1, {}).load_momentum(optimizers[0].state_dict())
     assert all(group["fused"] is fused for group in optimizers[1].param_groups)
     for model, optimizer in zip(models, optimizers, strict=True):
-        take_step(model, optimizer, scaler, 2)
+        take_step(model, optimizer, OFF, 2)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a, b)
         buffers = optimizers[0].state[a]["momentum_buffer"], optimizers[1].state[b]["momentum_buffer"]
@@ -369,12 +181,73 @@ def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused)
 def test_momentum_of_another_shape_is_refused(cli, smallest, tmp_path):
     flags = ["--train", "--exp", "x", *smallest]
     assert cli(*flags, "--epochs", 1)[0] == 0
-    checkpoint = torch.load(tmp_path / f"{STEM}1.pth", weights_only=True)
+    checkpoint = torch.load(f"{STEM}1.pth", weights_only=True)
     state = checkpoint["optimizer"]["state"]
     state[0]["momentum_buffer"] = state[0]["momentum_buffer"][:1]
-    torch.save(checkpoint, tmp_path / f"{STEM}1.pth")
+    torch.save(checkpoint, f"{STEM}1.pth")
     status, _, err = cli(*flags, "--epochs", 2, "--resume", "auto")
     assert status == 1 and one_line(err) and "cannot be resumed, only evaluated: the momentum" in err
+
+
+def with_norms() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.trunk, model.aspp = nn.Conv2d(3, 4, 3), nn.Module()
+    model.bn, model.aspp.conv, model.aspp.bn = nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)
+    model.forward = lambda x: model.aspp.bn(model.aspp.conv(model.bn(model.trunk(x))))
+    return model
+
+
+def test_momentum_of_what_is_trained_with_and_without_frozen_norms():
+    def begin(frozen: bool) -> Training:
+        model = with_norms()
+        for norm in (model.bn, model.aspp.bn):
+            norm.requires_grad_(not frozen)
+        return Training(model, main.make_optimizer(model), OFF, 2, 1, {})
+
+    def momentum(training: Training) -> dict[str, torch.Tensor]:
+        named, state = training.model.named_parameters(), training.optimizer.state
+        return {name: state[p]["momentum_buffer"] for name, p in named if p in state}
+
+    trained, frozen, thawed = begin(False), begin(True), begin(False)
+    take_step(trained.model, trained.optimizer, OFF, 0)
+    before = momentum(trained)
+    frozen.load_momentum(trained.optimizer.state_dict())
+    convs = {name for name in before if "bn" not in name}
+    assert momentum(frozen).keys() == convs and len(convs) == 4 and len(before) == 8
+    assert all(torch.equal(momentum(frozen)[name], before[name]) for name in convs)
+    take_step(frozen.model, frozen.optimizer, OFF, 1)
+    thawed.load_momentum(frozen.optimizer.state_dict())
+    for name, buffer in momentum(frozen).items():
+        assert torch.equal(momentum(thawed)[name], buffer)
+    take_step(thawed.model, thawed.optimizer, OFF, 2)  # of the norms it begins anew
+    assert momentum(thawed).keys() == before.keys()
+
+
+def test_freeze_bn_comes_and_goes_on_resume(cli, small, monkeypatch):
+    """The second stage of VOC, and back."""
+    flags = ["--train", "--exp", "x", *small, "--aspp_rates", 6, "--save_every", 1, "--base_lr", 1e-6]
+    load_momentum, loaded = Training.load_momentum, []
+
+    def counted(training, state):
+        load_momentum(training, state)
+        named = dict(training.model.named_parameters())
+        loaded.append({name for name in named if training.optimizer.state.get(named[name])})
+
+    monkeypatch.setattr(Training, "load_momentum", counted)
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    for epochs, more in ((2, ["--freeze_bn"]), (3, ["--freeze_bn"]), (4, [])):
+        status, out, err = cli(*flags, "--epochs", epochs, "--resume", "auto", *more)
+        assert (status, err) == (0, "") and ("--freeze_bn" in out) == (epochs != 3)
+    states = [torch.load(f"{STEM}{epoch}.pth", weights_only=True)["state_dict"] for epoch in (1, 2, 3, 4)]
+    norms = {key for key in states[0] if "bn" in key or "downsample.1" in key}
+    others = states[0].keys() - norms
+    for key in norms:
+        assert torch.equal(states[0][key], states[2][key])
+    assert not torch.equal(states[2]["module.bn1.weight"], states[3]["module.bn1.weight"])
+    for before, after in zip(states, states[1:], strict=False):
+        assert not any(torch.equal(before[key], after[key]) for key in others)
+    assert loaded[0] == loaded[1] and len(loaded[0]) == len(others)
 
 
 def test_step_that_the_loss_scaler_skips():
@@ -395,207 +268,20 @@ def test_step_that_the_loss_scaler_skips():
     assert not all(torch.equal(p, q) for p, q in zip(before, results[0][:4], strict=True))
 
 
-def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
-    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
-    assert cli(*flags, "--epochs", 1)[0] == 0
-    before = {path: path.read_bytes() for path in tmp_path.glob("data/*.pth")}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        status, _, err = cli(*flags, "--epochs", 3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 1 and one_line(err) and f"cannot write {STEM}2.pth: File too large" in err
-    assert {path: path.read_bytes() for path in tmp_path.glob("data/*.pth*")} == before
-    assert cli(*flags, "--epochs", 3)[0] == 0
+def test_place_within_an_epoch_of_another_length(monkeypatch):
+    monkeypatch.setattr(checkpoints, "load_weights", lambda *_: None)
+    model = two_groups(torch.contiguous_format)
+    model.classes = ["a"]
+    optimizer = main.make_optimizer(model)
 
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_full_disk_while_the_log_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    log = RunLog(Run("resnet50", "custom", "x"), Place(), False)
-    log.file = open("/dev/full", "ab")  # noqa: SIM115
-    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
-        log.write({"epoch": 1, "iteration": 1})
-
-
-ROWS = [b"1,1,0.1,0.5,,9", b"1,2,0.1,0.25,0.75,9", b"2,3,0.05,0.125,,9"]
-HEADER = ",".join(RunLog.columns).encode()
-PLAIN = b"\r\n".join([HEADER, *ROWS, b""])
-
-
-@pytest.mark.parametrize(
-    ("data", "edited", "kept"),
-    [
-        (b"", False, 0),
-        (PLAIN, False, 3),
-        (PLAIN[:-1], False, 3),
-        (PLAIN[:-2], False, 3),
-        (PLAIN[:-5], False, 2),  # cut by a kill
-        (PLAIN + b"3,4,0.0", False, 3),
-        (PLAIN.replace(b"\r\n", b"\n"), True, 3),
-        (b"\xef\xbb\xbf" + PLAIN, True, 3),
-        (PLAIN.translate(bytes.maketrans(b",.", b";,")), True, 3),  # as a German Excel has it
-        (PLAIN.replace(b"1,1,", b'"1","1",'), True, 3),
-        (PLAIN.replace(b"2,3,", b"\xe4\xdf note\r\n2,3,"), True, 3),  # Latin-1
-        (PLAIN.replace(b"1,2,", b"# good, so far\r\n\r\n1,2,"), True, 3),
-        (b"my notes\r\n" + PLAIN, True, 3),
-        (PLAIN.replace(b"\r\n", b",\r\n"), True, 3),  # a column more
-        (PLAIN.replace(b"1,2,", b'"a quote that nobody closes\r\n1,2,'), True, 3),
-        (PLAIN + b'"' + 200_000 * b"x" + b"\r\n", True, 3),
-        (b"\r\n".join([HEADER, *ROWS[::-1], b""]), True, 3),
-        (PLAIN.replace(b"0.5", b"n/a"), True, 2),
-        (PLAIN.replace(b"\r", b"\0"), True, 3),
-        (b"quite another file\n" * 9, True, 0),
-        (bytes(range(256)), True, 0),
-    ],
-)
-def test_log_that_somebody_edited(tmp_path, monkeypatch, capsys, data, edited, kept):
-    """Rows are taken over from what editors and spreadsheets make of the log; what they made stays beside."""
-    monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    Path(LOG).write_bytes(data)
-    run = Run("resnet50", "custom", "x")
-    RunLog(run, Place(2, 3), False).close()
-    rows = [ROWS[0], *ROWS[2:]] if b"n/a" in data or b"quite" in data else ROWS
-    rows = ROWS[1:] if b"n/a" in data else rows[:kept]
-    assert Path(LOG).read_bytes() == b"\r\n".join([HEADER, *rows, b""])
-    backup = Path(f"{LOG}.bak1")
-    assert backup.exists() == edited and (not edited or backup.read_bytes() == data)
-    assert (f"rows are taken over, the file is {LOG}.bak1" in capsys.readouterr().out) == edited
-    log = RunLog(run, Place(2, 2), False)  # a run that goes on from iteration 2
-    assert log.best == (Best(1, 0.75) if kept > 1 else None)
-    log.close()
-    assert len(Path(LOG).read_bytes().splitlines()) == 1 + len([row for row in rows if row[2:3] != b"3"])
-
-
-def test_log_says_each_thing_once_to_tensorboard(tmp_path, monkeypatch):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            assert (folder, purge_step) == ("data/runs/deeplab_resnet50_custom_v3_x", 1)
-
-        def add_scalar(self, name, value, iteration):
-            written.append((name, value, iteration))
-
-        def flush(self):
-            pass
-
-        close = flush
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    log = RunLog(Run("resnet50", "custom", "x"), Place(), True)
-    row = {"epoch": 1, "iteration": 7, "lr": 0.1, "loss": 2.0, "images_per_second": 3.0}
-    log.write(row)
-    log.write({**row, "val_mean_iou": 0.5})
-    log.close()
-    names = ["lr", "loss", "images_per_second", "val_mean_iou"]
-    assert written == list(zip(names, [0.1, 2.0, 3.0, 0.5], [7] * 4, strict=True))
-
-
-def test_new_run_moves_the_earlier_one_aside(cli, smallest, tmp_path):
-    """Stopped in its first epoch, it is the one to go on from, not the three epochs before it."""
-    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
-    assert "no checkpoint to resume from: starts anew" in cli(*flags, "--epochs", 3)[1]
-    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
-    for number in (1, 2):
-        status, out, _ = cli(*flags[:-2], "--epochs", 3, "--seed", number)
-        assert status == 0 and f"moved what an earlier run of --exp x left to data/old/x-{number}\n" in out
-        moved = {path.name: path.read_bytes() for path in (tmp_path / f"data/old/x-{number}").iterdir()}
-        assert moved == before
-        before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir() if path.is_file()}
-        assert len(before) == 4
-
-    # Going back to an earlier checkpoint keeps the later ones aside, too.
-    status, out, _ = cli(*flags[:-1], f"{STEM}1.pth", "--epochs", 2)
-    assert status == 0 and f"moved the checkpoints of --exp x beyond {STEM}1.pth to data/old/x-3\n" in out
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data/old/x-3").iterdir()} == {
-        name: content for name, content in before.items() if "epoch1" not in name
-    }
-    shutil.copy(tmp_path / f"{STEM}1.pth", tmp_path / "copy.pth")
-    status, out, _ = cli(*flags[:-1], "copy.pth", "--epochs", 2)
-    assert status == 0 and "moved the checkpoints of --exp x beyond copy.pth to data/old/x-4\n" in out
-
-
-def test_list_that_grew(cli, smallest, tmp_path):
-    """The run goes on at the same share of its schedule, and no epoch that is done is written again."""
-    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--epochs", 6]
-    assert cli(*flags[:-1], 4)[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.pth")}
-    lines = (tmp_path / "set/list/train.txt").read_text()
-    (tmp_path / "set/list/train.txt").write_text(lines + lines)
-    status, out, _ = cli(*flags, "--resume", "auto")
-    assert status == 0 and "an epoch is 12 images in 3 iterations, not 6 images in 2 iterations" in out
-    assert "iteration 12 of 18" in out and len(before) == 4
-    after = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.pth")}
-    assert len(after) == 6 and before.items() <= after.items() and not (tmp_path / "data/old").exists()
-
-
-def test_list_that_shrank(cli, smallest, tmp_path, monkeypatch):
-    """The checkpoint that the run goes on from stays until there is a newer one, though its numbers lie
-    beyond the place, and does not pass for the newest then."""
-    flags = ["--train", "--exp", "x", *smallest, "--epochs", 3, "--batch_size", 2]
-    step, steps = main.train_step, []
-
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == 8:
-            signal.raise_signal(signal.SIGTERM)
-        return step(*args)
-
-    monkeypatch.setattr(main, "train_step", interrupted)
-    assert cli(*flags)[0] == 143
-    lines = (tmp_path / "set/list/train.txt").read_text().splitlines(keepends=True)
-    (tmp_path / "set/list/train.txt").write_text("".join(lines[:2]))
-
-    def pruned(run, newest, *_):
-        assert [each.path for each in run.saved()] == [f"{STEM}2_iter8.pth", newest]
-        prune(run, newest, None, None)
-
-    prune = Run.prune
-    monkeypatch.setattr(Run, "prune", pruned)
-    status, out, _ = cli(*flags, "--resume", "auto")
-    assert status == 0 and "iter8.pth: iteration 2 of 3" in out and not (tmp_path / "data/old").exists()
-    assert [path.name for path in tmp_path.glob("data/*.pth")] == [Path(f"{STEM}3.pth").name]
-
-
-def test_stop_in_the_last_validation(cli, smallest, tmp_path, monkeypatch):
-    """Nothing is left to resume."""
-    monkeypatch.setattr(
-        main, "evaluate", lambda *_, **__: signal.raise_signal(signal.SIGTERM) or end_if_stopped()
-    )
-    status, _, err = cli("--train", "--exp", "x", *smallest, "--epochs", 1)
-    assert (status, err.strip()) == (
-        143,
-        f"main.py: stopped by SIGTERM; {STEM}1.pth is saved: the same command without --train evaluates it",
-    )
-
-
-@pytest.mark.parametrize("flags", [["--check"], ["--train", "--exp", "x", "--skip_bad"]])
-def test_stop_while_all_files_are_decoded(cli, smallest, tmp_path, monkeypatch, flags):
-    """What waits for its turn is not decoded any more."""
-    (tmp_path / "set/list/train.txt").write_text(500 * "/images/train0.jpg /masks/train0.png\n")
-    read, count = SegmentationDataset.read, []
-
-    def interrupted(dataset, index):
-        count.append(index)
-        if len(count) == 50:
-            signal.raise_signal(signal.SIGTERM)
-        return read(dataset, index)
-
-    monkeypatch.setattr(SegmentationDataset, "read", interrupted)
-    assert cli(*flags, *smallest)[0] == 143 and len(count) < 100
-
-
-def test_place_within_an_epoch_of_another_length():
-    def place(epoch, iteration, per_epoch_before, per_epoch):
-        off = torch.amp.GradScaler(enabled=False)
-        optimizer = main.make_optimizer(two_groups(torch.contiguous_format))
-        checkpoint = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
-        checkpoint["optimizer"] = optimizer.state_dict()
-        return load_progress(checkpoint, "x.pth", optimizer, off, Length(9, per_epoch), {})[:2]
+    def place(epoch: int, iteration: int, per_epoch_before: int, per_epoch: int) -> tuple[int, int]:
+        entries = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
+        entries["optimizer"] = optimizer.state_dict()
+        monkeypatch.setattr(checkpoints, "read", lambda path: entries)
+        training = Training(model, optimizer, OFF, 9, per_epoch, {})
+        training.resume("x.pth")
+        assert training.resumed == Resumed("x.pth", iteration, per_epoch_before)
+        return training.epoch, training.iteration
 
     assert place(5, 50, 10, 20) == (5, 100)
     assert place(4, 45, 10, 20) == (4, 90)
@@ -607,131 +293,458 @@ def test_place_within_an_epoch_of_another_length():
             assert 4 * per_epoch <= place(4, iteration, 10, per_epoch)[1] < 5 * per_epoch
 
 
-def test_best_epoch_outlives_the_log(cli, smallest, tmp_path, monkeypatch):
-    scores = iter([0.2, 0.9, 0.3, 0.1, 0.5])
-    monkeypatch.setattr(main, "evaluate", lambda *_, **__: {"mean_iou": next(scores), "samples": None})
-    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--keep", 2]
-    assert cli(*flags, "--epochs", 3)[0] == 0
-    (tmp_path / LOG).unlink()
-    assert cli(*flags, "--epochs", 5)[0] == 0
-    assert {int(path.stem.split("epoch")[1]) for path in tmp_path.glob("data/*.pth")} == {2, 4, 5}
-
-
-def test_log_and_init(cli, trained, tmp_path):
-    """Fine-tuning from a checkpoint of another number of classes, and the rows of data/EXP.csv."""
-    root = make_list_dataset(tmp_path / "set", classes=("a", "b", "c", "d"))
-    flags = ["--train", "--exp", "y", "--dataset", "custom", "--data_root", root, *SMALL]
-    flags += ["--groups", 32, "--weight_std", "--epochs", 2, "--log_every", 1, "--save_every", 1]
-    status, out, _ = cli(*flags, "--init", trained[0], "--base_lr", 0)
-    assert status == 0 and "starts from" in out and "but for aspp.conv3.weight and aspp.conv3.bias" in out
-    before = torch.load(trained[0], weights_only=True)["state_dict"]
-    path = tmp_path / "data/deeplab_resnet50_custom_v3_y_epoch2.pth"
-    after = torch.load(path, weights_only=True)["state_dict"]
-    differing = [key for key in before if not torch.equal(before[key], after[key])] if len(before) else None
+def test_init_takes_all_but_a_classifier_of_other_classes(cli, small, tmp_path):
+    flags = [*small, *NETWORK, "--epochs", 1]
+    assert cli("--train", "--exp", "x", *flags)[0] == 0
+    make_list_dataset(tmp_path / "set", classes=("a", "b", "c", "d"))
+    flags = ["--train", "--exp", "y", *flags, "--init", f"{STEM}1.pth"]
+    status, out, _ = cli(*flags, "--base_lr", 0)
+    assert status == 0 and f"starts from {STEM}1.pth without aspp.conv3.weight and aspp.conv3.bias" in out
+    paths = f"{STEM}1.pth", f"{STEM}1.pth".replace("_x_", "_y_")
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    differing = [key for key in before if not torch.equal(before[key], after[key])]
     assert differing == ["module.aspp.conv3.weight", "module.aspp.conv3.bias"]
+    status, _, err = cli(*flags, "--groups", 16)
+    assert status == 1 and one_line(err) and "--groups" in err
 
-    def rows():
-        return list(csv.DictReader((tmp_path / LOG.replace("_x", "_y")).open()))
 
-    assert [(row["epoch"], row["iteration"], row["lr"]) for row in rows()] == [
-        (str(1 + i // 2), str(i + 1), "0.0") for i in range(4)
+# ----------------------------------------------------------------------------------------------------------
+# resuming: what becomes of checkpoints and rows
+
+
+def places(path: str | Path = LOG) -> list[str]:
+    """The rows of a log as iteration/per_epoch."""
+    return [f"{row['iteration']}/{row['per_epoch']}" for row in read_log(path)]
+
+
+def test_log_of_a_run_and_of_the_resumed_one(cli, smallest):
+    flags = ["--train", "--exp", "x", *smallest, "--log_every", 1, "--save_every", 1, "--base_lr", 0]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    first = read_log()
+    assert cli(*flags, "--epochs", 2, "--resume", "auto")[0] == 0
+    rows = read_log()
+    assert rows[:2] == first and places() == ["1/2", "2/2", "3/2", "4/2"]
+    assert [(row["epoch"], row["lr"], bool(row["val_mean_iou"])) for row in rows] == [
+        (epoch, "0.0", validated) for epoch in "12" for validated in (False, True)
     ]
-    assert [bool(row["val_mean_iou"]) for row in rows()] == [False, True, False, True]
-    path.unlink()
-    first = rows()[:2]
-    assert cli(*flags, "--resume", "auto", "--base_lr", 0)[0] == 0  # a resumed run goes on with the rows
-    assert rows()[:2] == first and len(rows()) == 4
-    status, _, err = cli(*flags, "--init", trained[0], "--groups", 16)
-    assert status == 1 and "--groups" in err
 
 
-def test_tensorboard(cli, tmp_path):
-    root = make_list_dataset(tmp_path / "set")
-    flags = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, "--epochs", 1]
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        status, _, err = cli(*flags, "--tensorboard")
-        assert status == 1 and "pip install tensorboard" in err
-    else:
-        assert cli(*flags, "--tensorboard")[0] == 0
-        assert list((tmp_path / "data/runs/deeplab_resnet50_custom_v3_x").iterdir())
+def test_new_run_moves_the_earlier_one_aside(cli, smallest, tmp_path):
+    """Stopped in its first epoch, it is the one to continue, not the three epochs before it."""
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
+    assert cli(*flags, "--epochs", 3)[0] == 0
+    Path(f"data/{NAME}.png").write_text("its plot")
+    more = [f"runs/{NAME}/events", f"val/{NAME}_epoch1/metrics.json", f"val/{NAME}_epoch3/metrics.json"]
+    for path in more:
+        Path(f"data/{path}").parent.mkdir(parents=True)
+        Path(f"data/{path}").write_text("{}")
+    before = contents("data")
+    for number in (1, 2):
+        status, out, _ = cli(*flags[:-2], "--epochs", 3, "--seed", number)
+        folder = f"data/old/x-{number}"
+        assert status == 0 and f"moved what an earlier run of --exp x left to {folder}\n" in out
+        assert contents(folder) == before
+        assert [Path(f"{folder}/{path}").exists() for path in more] == 3 * [number == 1]
+        before = contents("data")
+        assert len(before) == 4 and not any(Path(f"data/{path}").parent.exists() for path in more)
+
+    # Going back to an earlier checkpoint keeps the later ones aside, too, and their results.
+    for path in more[1:]:
+        Path(f"data/{path}").parent.mkdir(parents=True)
+    status, out, _ = cli(*flags[:-1], f"{STEM}1.pth", "--epochs", 2)
+    assert status == 0 and f"moved what --exp x had beyond {STEM}1.pth to data/old/x-3\n" in out
+    assert contents("data/old/x-3") == {name: file for name, file in before.items() if "epoch1" not in name}
+    assert [path.name for path in Path("data/old/x-3/val").iterdir()] == [f"{NAME}_epoch3"]
+    assert [path.name for path in Path("data/val").iterdir()] == [f"{NAME}_epoch1"]
 
 
-def test_plot_of_a_run(cli, smallest, tmp_path, monkeypatch):
-    """Drawn at each validation, of all rows: those before a stop, too."""
-    drawn, draw = [], plots.plot_run
-
-    def counted(path, rows):
-        drawn.append((path, len(rows)))
-        draw(path, rows)
-
-    monkeypatch.setattr(plots, "plot_run", counted)
-    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--plots"]
+def test_what_lies_in_data_is_the_resumed_runs(cli, smallest):
+    """The first run goes on after a second of its name: nothing of that passes for its own."""
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--log_every", 1]
     assert cli(*flags, "--epochs", 2)[0] == 0
-    assert cli(*flags, "--epochs", 3, "--resume", "auto")[0] == 0
-    assert drawn == [("data/deeplab_resnet50_custom_v3_x.png", count) for count in (1, 2, 3)]
-    assert Image.open(drawn[0][0]).size == (800, 800)
+    first = contents("data")
+    assert cli(*flags, "--epochs", 3, "--seed", 1)[0] == 0
+    second = contents("data")
+    status, out, _ = cli(*flags, "--epochs", 4, "--resume", f"data/old/x-1/{NAME}_epoch2.pth")
+    assert status == 0 and "moved what an earlier run of --exp x left to data/old/x-2\n" in out
+    assert contents("data/old/x-1") == first and contents("data/old/x-2") == second
+    assert epochs_left() == [3, 4] and places() == [f"{i}/2" for i in range(1, 9)]
+    assert Path(LOG).read_bytes().startswith(first[f"{NAME}.csv"])
 
 
-def test_keep_leaves_the_newest_and_the_best(cli, smallest, tmp_path, monkeypatch):
-    scores = iter([0.2, 0.9, 0.3, 0.1, 0.5, 0.0])
-    monkeypatch.setattr(main, "evaluate", lambda *_, **__: {"mean_iou": next(scores), "samples": None})
+def test_resume_of_a_file_of_another_name(cli, smallest):
+    """A copy stands beside no log; nothing is taken for one."""
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1]
+    assert cli(*flags, "--epochs", 2)[0] == 0
+    before = contents("data")
+    shutil.copy(f"{STEM}1.pth", "copy.pth")
+    status, out, _ = cli(*flags, "--epochs", 2, "--resume", "copy.pth")
+    assert status == 0 and "edited" not in out and list(contents(".", "copy*")) == ["copy.pth"]
+    assert contents("data/old/x-1") == before
+    assert epochs_left() == [2] and places() == ["4/2"]
+
+
+def test_killed_before_its_first_checkpoint(cli, smallest, monkeypatch):
+    """The rows are all that there is of it."""
+    flags = ["--train", "--exp", "x", *smallest, "--log_every", 1, "--epochs", 9]
+    kill_at_step(monkeypatch, 8)
+    with pytest.raises(Killed):
+        cli(*flags)
+    rows = Path(LOG).read_bytes()
+    assert len(rows.splitlines()) == 8
+    status, out, _ = cli(*flags, "--epochs", 1, "--resume", "auto")
+    assert (
+        status == 0 and "a new run begins" in out and "earlier run of --exp x left to data/old/x-1\n" in out
+    )
+    assert contents("data/old/x-1") == {f"{NAME}.csv": rows} and places() == ["1/2", "2/2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "copied"),
+    [([], False), (["--batch_size", 2], True), (["--epochs", 2], True)],
+)
+def test_rows_of_a_killed_run_are_written_again_or_kept(cli, smallest, monkeypatch, more, copied):
+    """The same command writes them again; with another batch size, or to fewer epochs, it does not."""
+    flags = ["--train", "--exp", "x", *smallest, "--log_every", 1, "--save_every", 1]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    kill_at_step(monkeypatch, 4)
+    with pytest.raises(Killed):
+        cli(*flags, "--epochs", 3, "--save_every", 9, "--resume", "auto")
+    rows = Path(LOG).read_bytes()
+    assert places() == [f"{i}/2" for i in range(1, 6)]
+    status, out, _ = cli(*flags, "--epochs", 3, "--resume", "auto", *more)
+    assert status == 0 and (f"had beyond {STEM}1.pth to data/old/x-1\n" in out) == copied
+    assert contents("data/old/x-1") == ({f"{NAME}.csv": rows} if copied else {})
+
+
+def test_batch_size_that_is_larger_within_an_epoch(cli, smallest, tmp_path, monkeypatch):
+    """Stopped at 18 of 12 an epoch, and then at 10 of 6 an epoch: that is the newer one."""
+    make_list_dataset(tmp_path / "set", train=12)
+    flags = ["--train", "--exp", "x", *smallest, "--log_every", 1, "--epochs", 3, "--keep", 1]
+    stop_at_step(monkeypatch, 18)
+    assert f"{STEM}1_iter18.pth is saved" in cli(*flags, "--batch_size", 1)[2]
+    stop_at_step(monkeypatch, 1)
+    status, out, err = cli(*flags, "--batch_size", 2, "--resume", "auto")
+    assert status == 143 and "iter18.pth: iteration 9 of 18" in out and f"{STEM}1_iter10.pth is saved" in err
+    assert list(contents("data", "*.pth")) == [f"{NAME}_epoch1_iter10.pth"]
+    assert find_checkpoint(None, "custom", "x", None) == f"{STEM}1_iter10.pth"
+    status, out, _ = cli(*flags, "--batch_size", 2, "--resume", "auto")
+    assert status == 0 and "iter10.pth: iteration 10 of 18" in out and epochs_left() == [3]
+    assert places() == [*(f"{i}/12" for i in range(1, 19)), *(f"{i}/6" for i in range(10, 19))]
+    assert not Path("data/old").exists()
+
+
+def test_batch_size_that_is_larger_keeps_rows_and_the_best(cli, smallest, monkeypatch):
+    set_scores(monkeypatch, 0.9, 0.2, 0.3, 0.4)
+    flags = ["--train", "--exp", "x", *smallest, "--log_every", 1, "--save_every", 1]
+    assert cli(*flags, "--epochs", 2, "--batch_size", 2)[0] == 0
+    before = Path(LOG).read_bytes()
+    assert cli(*flags, "--epochs", 4, "--batch_size", 4, "--keep", 2, "--resume", "auto")[0] == 0
+    assert Path(LOG).read_bytes().startswith(before) and epochs_left() == [1, 3, 4]
+    assert places() == ["1/3", "2/3", "3/3", "4/3", "5/3", "6/3", "5/2", "6/2", "7/2", "8/2"]
+    assert not Path("data/old").exists()
+
+
+def test_going_back_with_a_smaller_batch_forgets_the_abandoned_epoch(cli, smallest, monkeypatch):
+    set_scores(monkeypatch, 0.2, 0.9, 0.1, 0.15)
+    flags = ["--train", "--exp", "x", *smallest, "--log_every", 1, "--save_every", 1]
+    assert cli(*flags, "--epochs", 2)[0] == 0
+    before = contents("data")
+    more = ["--epochs", 3, "--batch_size", 2, "--keep", 1, "--resume", f"{STEM}1.pth"]
+    assert cli(*flags, *more)[0] == 0
+    assert places() == ["1/2", "2/2", *(f"{i}/3" for i in range(4, 10))]
+    assert epochs_left() == [1, 3]  # the best of this run, and the newest
+    del before[f"{NAME}_epoch1.pth"]
+    assert contents("data/old/x-1") == before
+
+
+def test_list_that_grew(cli, smallest, tmp_path):
+    """The run continues at the same fraction of its schedule, and no epoch that is done is written again."""
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--epochs"]
+    assert cli(*flags, 4)[0] == 0
+    before = contents("data", "*.pth")
+    lines = (tmp_path / "set/list/train.txt").read_text()
+    (tmp_path / "set/list/train.txt").write_text(lines + lines)
+    status, out, _ = cli(*flags, 6, "--resume", "auto")
+    assert status == 0 and "an epoch is 12 images in 3 iterations, not 6 images in 2 iterations" in out
+    assert "iteration 12 of 18" in out and len(before) == 4
+    after = contents("data", "*.pth")
+    assert len(after) == 6 and before.items() <= after.items() and not Path("data/old").exists()
+
+
+def test_list_that_shrank(cli, smallest, tmp_path, monkeypatch):
+    """The checkpoint that the run continues stays until there is a newer one, though its iterations lie
+    beyond those of the shorter epochs."""
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 3, "--batch_size", 2]
+    stop_at_step(monkeypatch, 8)
+    assert cli(*flags)[0] == 143
+    lines = (tmp_path / "set/list/train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "set/list/train.txt").write_text("".join(lines[:2]))
+    prune, seen = Run.prune, []
+
+    def pruned(run, newest, *args):
+        seen.append([item.path for item in run.saved()])
+        prune(run, newest, *args)
+
+    monkeypatch.setattr(Run, "prune", pruned)
+    status, out, _ = cli(*flags, "--resume", "auto")
+    assert status == 0 and "iter8.pth: iteration 2 of 3" in out and not Path("data/old").exists()
+    assert seen == [[f"{STEM}2_iter8.pth", f"{STEM}3.pth"], [f"{STEM}3.pth"]]
+
+
+def test_keep_leaves_the_newest_and_the_best(cli, smallest, monkeypatch):
+    set_scores(monkeypatch, 0.2, 0.9, 0.3, 0.1, 0.5, 0.0)
     flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--keep", 2]
     for epochs in (4, 5):  # the best is known after resuming, too
         assert cli(*flags, "--epochs", epochs)[0] == 0
-        kept = {int(path.stem.split("epoch")[1]) for path in tmp_path.glob("data/*.pth")}
-        assert kept == {2, epochs - 1, epochs}
+        assert epochs_left() == [2, epochs - 1, epochs]
     assert cli("--train", "--exp", "y", *smallest, "--epochs", 1, "--keep", 1)[0] == 0
-    assert len(list(tmp_path.glob("data/*_x_*.pth"))) == 3  # another --exp is left alone
+    assert len(contents("data", "*_x_*.pth")) == 3  # another --exp is left alone
+
+
+def test_best_epoch_outlives_the_log(cli, smallest, monkeypatch):
+    set_scores(monkeypatch, 0.2, 0.9, 0.3, 0.1, 0.5)
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--keep", 2]
+    assert cli(*flags, "--epochs", 3)[0] == 0
+    Path(LOG).unlink()
+    assert cli(*flags, "--epochs", 5)[0] == 0
+    assert epochs_left() == [2, 4, 5]
 
 
 def test_newest_checkpoint_goes_by_number_whatever_the_clock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Run("resnet50", "custom", "x")
+    run = Run("tiny", "custom", "x")
     os.mkdir("data")
-    order = [(1, None), (1, 7), (1, 10), (2, None), (9, None), (10, None), (10, 55)]
+    order = [(1, 0), (1, 7), (1, 10), (2, 0), (9, 0), (10, 0), (10, 55)]
     for age, (epoch, iteration) in enumerate(order):
-        path = Path(run.checkpoint(epoch, iteration or 0))
+        path = Path(run.checkpoint(epoch, iteration))
         path.touch()
         os.utime(path, (10**9 - age, 10**9 - age))
     for name in ("x_y_epoch99", "x_epoch99.tmp", "xx_epoch99", "x_epoch99_best"):
-        Path(f"data/deeplab_resnet50_custom_v3_{name}.pth").touch()
-    found = run.saved()
-    assert [(each.epoch, each.iteration or None) for each in found] == order
+        Path(f"data/deeplab_tiny_custom_v3_{name}.pth").touch()
+    assert [item[:2] for item in run.saved()] == order
 
 
 def test_names_that_look_like_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("data")
-    run = Run("resnet50", "custom", "a_epoch0")
+    run = Run("tiny", "custom", "a_epoch0")
     for epoch in (2, 10):
         Path(run.checkpoint(epoch)).touch()
-    assert [each.epoch for each in run.saved()] == [2, 10]
+    assert [item.epoch for item in run.saved()] == [2, 10]
     os.remove(run.checkpoint(10))
     run.prune(run.checkpoint(10), 1, None)  # somebody has moved the newest, meanwhile
-    assert [each.epoch for each in run.saved()] == []
+    assert run.saved() == []
 
 
-def hold(path: str, ready) -> None:
-    with open(path, "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        ready.set()
-        time.sleep(60)
+# ----------------------------------------------------------------------------------------------------------
+# the disk, the log, the lock
 
 
-def test_two_runs_of_one_exp(cli, smallest, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / LOG).write_text("the other's\n")
-    ready = servers.Event()
-    other = servers.Process(target=hold, args=(str(tmp_path / LOG), ready))
-    other.start()
-    assert ready.wait(30)
-    status, _, err = cli("--train", "--exp", "x", "--epochs", 1, *smallest)
-    assert status == 1 and one_line(err) and "--exp x is being trained by another process" in err
-    assert (tmp_path / LOG).read_text() == "the other's\n"
-    other.kill()
-    other.join()
+def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    before = contents("data", "*.pth*")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        status, _, err = cli(*flags, "--epochs", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1 and one_line(err) and f"cannot write {STEM}2.pth: File too large" in err
+    assert contents("data", "*.pth*") == before
+    assert cli(*flags, "--epochs", 3)[0] == 0
+
+
+def new_training(resumed: Resumed | None = None, per_epoch: int = 2) -> Training:
+    iteration = resumed.iteration if resumed else 0
+    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, 0, iteration, resumed=resumed)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_disk_while_the_log_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = RunLog(Run("tiny", "custom", "x"), new_training(), False)
+    log.file.close()
+    log.file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        log.write({"epoch": 1, "iteration": 1})
+
+
+def test_unfinished_files_of_a_killed_run_alone_are_deleted(tmp_path, monkeypatch):
+    """Another run may be writing its own, whatever its name."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    names = ["bn_epoch3.pth.77.78.tmp", "bn_epoch3_iter9.pth.77.78.tmp"]
+    others = [
+        "bn_epoch50_epoch3.pth.77.78.tmp",
+        "bn_epoch50_epoch3_iter9.pth.77.78.tmp",
+        "b_epoch1.pth.7.8.tmp",
+    ]
+    for name in [*names, *others]:
+        Path(f"data/deeplab_tiny_custom_v3_{name}").touch()
+    RunLog(Run("tiny", "custom", "bn"), new_training(), False).close()
+    left = {path.name for path in Path("data").glob("*.tmp")}
+    assert left == {f"deeplab_tiny_custom_v3_{name}" for name in others}
+
+
+ROWS = [b"1,1,0.1,0.5,,9,2", b"1,2,0.1,0.25,0.75,9,2", b"2,3,0.05,0.125,,9,2"]
+HEADER = ",".join(COLUMNS).encode()
+PLAIN = b"\r\n".join([HEADER, *ROWS, b""])
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_killed_while_it_moves_files_aside(tmp_path, monkeypatch, moment):
+    """It copies the log and moves two checkpoints: what is left to do, the next run does."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    run, calls = Run("tiny", "custom", "x"), []
+    Path(LOG).write_bytes(
+        b"\r\n".join([HEADER, *(b"%d,%d,0.1,0.5,0.75,9,1" % (i, i) for i in (1, 2, 3)), b""])
+    )
+    for epoch in (1, 2, 3):
+        Path(run.checkpoint(epoch)).write_text(str(epoch))
+
+    def killed(function):
+        def call(*args):
+            calls.append(args)
+            if len(calls) == moment + 1:
+                raise Killed
+            function(*args)
+
+        return call
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "move", killed(shutil.move))
+        patch.setattr(runs, "write_whole", killed(runs.write_whole))
+        RunLog(run, new_training(Resumed(run.checkpoint(1), 1, 1), 1), False)
+    RunLog(run, new_training(Resumed(run.checkpoint(1), 1, 1), 1), False).close()
+    assert epochs_left() == [1] and places() == ["1/1"]
+    assert sorted(path.read_text() for path in Path("data").rglob("*.pth")) == ["1", "2", "3"]
+    assert {place for path in Path("data").rglob("*.csv") for place in places(path)} == {"1/1", "2/1", "3/1"}
+
+
+@pytest.mark.parametrize(
+    ("data", "edited", "kept"),
+    [
+        (b"", False, []),
+        (PLAIN, False, [1, 2, 3]),
+        (PLAIN[:-1], False, [1, 2]),  # cut by a kill
+        (PLAIN[:-4], False, [1, 2]),
+        (PLAIN[:-9], False, [1, 2]),  # a row, but for its last columns
+        (PLAIN + b"3,4,0.0", False, [1, 2, 3]),
+        (
+            PLAIN.replace(b",per_epoch", b"").replace(b",9,2", b",9"),
+            False,
+            [1, 2, 3],
+        ),  # of an earlier version
+        (PLAIN.replace(b"\r\n", b"\n"), True, [1, 2, 3]),
+        (PLAIN.replace(b"\r\n", b"\r"), True, []),
+        (b"\xef\xbb\xbf" + PLAIN, True, [1, 2, 3]),
+        (PLAIN.replace(b"1,1,", b'"1","1",'), True, [1, 2, 3]),
+        (PLAIN.replace(b"2,3,", b"\xe4\xdf note\r\n2,3,"), True, [1, 2, 3]),  # Latin-1
+        (PLAIN.replace(b"1,2,", b"# good, so far\r\n\r\n1,2,"), True, [1, 2, 3]),
+        (PLAIN.replace(b"\r\n", b",\r\n"), True, [1, 2, 3]),  # a column more
+        (PLAIN + b'"' + 200_000 * b"x" + b"\r\n", True, [1, 2, 3]),
+        (b"\r\n".join([HEADER, *ROWS[::-1], b""]), True, [1, 2, 3]),
+        (PLAIN.replace(b"0.5", b"n/a"), True, [2, 3]),
+        (PLAIN.replace(b"0.5", b"inf"), True, [2, 3]),
+        (PLAIN.replace(b"\r", b"\0"), True, [1, 2, 3]),
+        (b"quite another file\n" * 9, True, []),
+        (bytes(range(256)), True, []),
+    ],
+)
+def test_log_that_somebody_edited(tmp_path, monkeypatch, capsys, data, edited, kept):
+    """The rows that can be read as CSV are taken over; the file stays beside as it was."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    Path(LOG).write_bytes(data)
+    run = Run("tiny", "custom", "x")
+    Path(run.checkpoint(1, 3)).touch()
+    RunLog(run, new_training(Resumed(run.checkpoint(1, 3), 3, 2)), False).close()
+    rows = [ROWS[number - 1] for number in kept]
+    assert Path(LOG).read_bytes() == b"\r\n".join([HEADER, *rows, b""])
+    backup = Path(f"{LOG}.bak1")
+    assert backup.exists() == edited and (not edited or backup.read_bytes() == data)
+    notice = f"{LOG} was edited: its {len(kept)} rows are taken over, and {LOG}.bak1 is a copy of it\n"
+    assert capsys.readouterr().out == (notice if edited else "")
+
+    training = new_training(Resumed(run.checkpoint(1, 2), 2, 2))
+    os.rename(run.checkpoint(1, 3), run.checkpoint(1, 2))
+    RunLog(run, training, False).close()  # a run that continues from iteration 2
+    assert training.best == (Best(1, 0.75) if 2 in kept else None)
+    assert [int(row["iteration"]) for row in read_log()] == [number for number in kept if number < 3]
+
+
+def test_log_tells_tensorboard_each_thing_once(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert (folder, purge_step) == (f"data/runs/{NAME}", 1)
+
+        def add_scalar(self, name, value, iteration):
+            written.append((name, value, iteration))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    log = RunLog(Run("tiny", "custom", "x"), new_training(), True)
+    row = {"epoch": 1, "iteration": 7, "lr": 0.1, "loss": 2.0, "images_per_second": 3.0, "per_epoch": 7}
+    log.write(row)
+    log.write({**row, "val_mean_iou": 0.5})
+    assert [row["val_mean_iou"] for row in log.rows()] == ["0.5"]  # the row is there once, too
+    log.close()
+    names = ["lr", "loss", "images_per_second", "val_mean_iou"]
+    assert written == list(zip(names, [0.1, 2.0, 3.0, 0.5], [7] * 4, strict=True))
+
+
+def test_tensorboard(cli, smallest):
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 1, "--tensorboard"]
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        status, _, err = cli(*flags)
+        assert status == 1 and one_line(err) and "pip install tensorboard" in err
+        assert not Path("data").exists()
+    else:
+        assert cli(*flags)[0] == 0 and list(Path(f"data/runs/{NAME}").iterdir())
+
+
+def test_plot_of_a_run(cli, smallest, monkeypatch):
+    """Drawn at each validation, of all rows: those before a stop, too."""
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], pictures.plot_run
+
+    def counted(path, rows):
+        drawn.append((path, len(rows)))
+        draw(path, rows)
+
+    monkeypatch.setattr(pictures, "plot_run", counted)
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--plots"]
+    assert cli(*flags, "--epochs", 2)[0] == 0
+    assert cli(*flags, "--epochs", 3, "--resume", "auto")[0] == 0
+    assert drawn == [(f"data/{NAME}.png", count) for count in (1, 2, 3)]
+    assert Image.open(drawn[0][0]).size == (800, 800)
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=1); input()"
+
+
+def test_two_runs_of_one_exp(cli, smallest):
+    os.mkdir("data")
+    Path(LOG).write_text("the other's\n")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, LOG], **pipes) as other:
+        other.stdout.readline()
+        status, _, err = cli("--train", "--exp", "x", "--epochs", 1, *smallest)
+        assert status == 1 and one_line(err) and "--exp x is being trained by another process" in err
+        assert contents("data") == {f"{NAME}.csv": b"the other's\n"}
+        other.kill()
     assert cli("--train", "--exp", "x", "--epochs", 1, *smallest)[0] == 0  # a killed run holds nothing
 
 

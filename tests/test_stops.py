@@ -1,0 +1,273 @@
+"""Kills and stop signals at any moment: nothing lost, and a line that says how to continue."""
+
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import make_list_dataset, same_weights, spoil
+from processes import end, narrow, start, wait_until
+from test_runs import LOG, NAME, STEM, contents, read_log, stop_at_step
+
+import deeplab
+import main
+from datasets import SegmentationDataset
+from files import checkpoints
+from files.runs import RunLog
+from utils import STOP_SIGNALS, end_if_stopped, stop_signals
+
+pytest.importorskip("fcntl")  # not on Windows
+
+
+@pytest.fixture(autouse=True)
+def narrow_network(monkeypatch):
+    narrow(monkeypatch.setattr)
+
+
+def killed_at(argv: list[str]) -> None:
+    """main.py, which kills itself at the moment whose number is the last word: within a checkpoint's file, or
+    before a step, a row of the log, or what makes a file safe, puts it in its place or deletes it."""
+    left, save = int(argv.pop()), torch.save
+
+    def moment() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_in_two(entries, file) -> None:
+        data = io.BytesIO()
+        save(entries, data)
+        file.write(data.getvalue()[:100_000])
+        file.flush()
+        moment()
+        file.write(data.getvalue()[100_000:])
+
+    def after_a_moment(function):
+        return lambda *args, **options: (moment(), function(*args, **options))[1]
+
+    torch.save, os.fsync = save_in_two, lambda descriptor: moment()
+    for owner, name in ((main, "train_step"), (RunLog, "write"), (os, "replace"), (os, "remove")):
+        setattr(owner, name, after_a_moment(getattr(owner, name)))
+    processes.run(argv)
+
+
+def test_killed_at_20_moments_it_ends_at_the_same_weights(smallest, tmp_path):
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 12, "--save_every", 6, "--save_every_iters", 1]
+    flags += ["--resume", "auto", "--samples", 0]
+    whole, killed, rng, unfinished = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0
+    child = {"module": "test_stops", "function": "killed_at"}
+    assert end(start(whole, *flags, 0, **child)) == [0]
+    for _ in range(20):
+        process = start(killed, *flags, rng.randint(1, 9), **child)
+        assert end(process) == [-signal.SIGKILL]
+        unfinished += len(list(killed.glob("data/*.tmp")))
+        for path in killed.glob("data/*.pth"):
+            assert checkpoints.read(str(path))
+    assert unfinished > 5
+    assert end(start(killed, *flags, 0, **child)) == [0]
+    assert same_weights(whole / f"{STEM}12.pth", killed / f"{STEM}12.pth")
+    # Neither unfinished files nor checkpoints within epochs are left, and the log is that of one run.
+    names = {path.name for path in (whole / "data").iterdir()}
+    left = {path.name for path in (killed / "data").iterdir()} - {"old"}  # what preceded the first checkpoint
+    assert names == left and len(names) == 3
+    assert not list(killed.glob("data/old/*/*.pth"))
+    rows = [read_log(folder / LOG) for folder in (whole, killed)]
+    assert [[row["iteration"] for row in run] for run in rows] == 2 * [[str(i) for i in range(1, 25)]]
+    numbers = [[(row["lr"], row["loss"], row["val_mean_iou"]) for row in run] for run in rows]
+    assert all(b in (a, (*a[:2], "")) for a, b in zip(*numbers, strict=True))  # a validation can be cut off
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "workers"),
+    [(signal.SIGINT, 130, 0), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2)],
+)
+def test_stopped_it_saves_and_says_how_to_continue(smallest, tmp_path, number, status, workers):
+    """The signal goes to all processes of the group, as a terminal or a cluster sends it."""
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 9999, "--workers", workers, "--log_every", 1]
+    run = start(tmp_path, *flags)
+    assert wait_until(lambda: "iteration 3/" in (tmp_path / "out").read_text(), run)
+    os.killpg(run.pid, number)
+    assert end(run) == [status]
+    (checkpoint,) = (tmp_path / "data").glob("*.pth")
+    assert (tmp_path / "err").read_text().strip() == (
+        f"main.py: stopped by {number.name}; data/{checkpoint.name} is saved: "
+        "the same command with --resume auto continues it"
+    )
+    assert torch.load(checkpoint, weights_only=True)["iteration"] >= 3
+
+
+def test_stopped_and_resumed_it_ends_at_the_same_weights(cli, smallest, tmp_path, monkeypatch):
+    flags = ["--train", "--exp", "x", "--epochs", 3, *smallest]
+    assert cli(*flags)[0] == 0
+    (tmp_path / f"{STEM}3.pth").rename(tmp_path / "whole.pth")
+    stop_at_step(monkeypatch, 3)
+    status, _, err = cli(*flags)
+    assert status == 143 and f"{STEM}1_iter3.pth is saved" in err
+    status, out, _ = cli(*flags, "--resume", "auto")
+    assert status == 0 and f"resumed from {STEM}1_iter3.pth: iteration 3 of 6" in out
+    assert same_weights(tmp_path / "whole.pth", tmp_path / f"{STEM}3.pth")
+    assert not list(tmp_path.glob("data/*_iter*"))
+
+
+def with_a_stuck_step(argv: list[str]) -> None:
+    """A run whose first step never ends."""
+
+    def step(*args, **kwargs):
+        Path("stuck").touch()
+        time.sleep(60)
+
+    main.train_step = step
+    processes.run(argv)
+
+
+def test_second_signal_stops_at_once(smallest, tmp_path):
+    flags = ["--train", "--exp", "x", *smallest]
+    process = start(tmp_path, *flags, module="test_stops", function="with_a_stuck_step")
+    assert wait_until((tmp_path / "stuck").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.5)
+    assert process.is_alive()  # the first one waits for the step
+    os.kill(process.pid, signal.SIGHUP)
+    assert end(process) == [-signal.SIGHUP] and not list((tmp_path / "data").glob("*.pth"))
+
+
+def test_stopped_while_it_validates(cli, smallest, tmp_path, monkeypatch):
+    """The checkpoint is there already, so nothing is waited for."""
+    scores, calls = deeplab.DeepLabv3.scores, []
+
+    def interrupted(*args):
+        calls.append(args)
+        signal.raise_signal(signal.SIGHUP)
+        return scores(*args)
+
+    monkeypatch.setattr(deeplab.DeepLabv3, "scores", interrupted)
+    flags = ["--train", "--exp", "x", "--epochs", 2, "--save_every", 1, "--eval_batch_size", 1]
+    status, _, err = cli(*flags, *smallest)
+    assert status == 129 and err.strip() == (
+        f"main.py: stopped by SIGHUP; {STEM}1.pth is saved: the same command with --resume auto continues it"
+    )
+    assert len(calls) == 1 and list(contents("data", "*.pth")) == [f"{NAME}_epoch1.pth"]
+
+
+def test_stop_in_the_last_validation(cli, smallest, monkeypatch):
+    """Nothing is left to resume."""
+    monkeypatch.setattr(main, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM) or end_if_stopped())
+    status, _, err = cli("--train", "--exp", "x", *smallest, "--epochs", 1)
+    assert (status, err.strip()) == (
+        143,
+        f"main.py: stopped by SIGTERM; {STEM}1.pth is saved: the same command without --train evaluates it",
+    )
+
+
+def once_it_takes_signals(argv: list[str]) -> None:
+    """main.py, which makes a file when it begins to take signals."""
+    run = main.run
+
+    def begun(args):
+        Path("begun").touch()
+        return run(args)
+
+    main.run = begun
+    processes.run(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "workers"), [("train", 0), ("train", 4), ("evaluate", 0), ("evaluate", 4), ("predict", 0)]
+)
+def test_signals_at_random_times_are_all_obeyed(smallest, tmp_path, command, workers):
+    """To the process alone, from the first moment on, while loaders start their processes, too."""
+    spoil("none", tmp_path / "x.pth")
+    root, rng, ends = make_list_dataset(tmp_path / "set", val=40), random.Random(0), []
+    flags = {
+        "train": ["--train", "--exp", "x", "--save_every", 1, "--epochs", 10_000, "--eval_batch_size", 8],
+        "evaluate": ["--checkpoint", "x.pth", "--eval_batch_size", 1],
+        "predict": ["--checkpoint", "x.pth", "--predict", root / "images"],
+    }[command]
+    flags = [*flags, *smallest, "--workers", workers, "--samples", 0]
+    for number in 5 * STOP_SIGNALS:
+        (tmp_path / "begun").unlink(missing_ok=True)
+        process = start(tmp_path, *flags, module="test_stops", function="once_it_takes_signals")
+        assert wait_until((tmp_path / "begun").exists, process)
+        process.join(rng.uniform(0, 0.4))
+        if process.is_alive():
+            os.kill(process.pid, number)
+        ends += end(process)
+        err = (tmp_path / "err").read_text()
+        assert ends[-1] == 128 + number or (ends[-1] == 0 and command != "train"), err
+        lines = [line for line in err.splitlines() if line]
+        if ends[-1]:
+            assert len(lines) == 1 and lines[0].startswith(f"main.py: stopped by {number.name}"), err
+            assert ("--resume auto" in err) <= (command == "train")
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    assert sum(status != 0 for status in ends) > 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees by /proc how far the imports are")
+def test_ctrl_c_during_the_imports(tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, main.__file__, "--exp", "x"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30)[1] == "main.py: stopped by SIGINT\n" and run.returncode == 130
+
+
+def test_signals_that_are_ignored_stay_so():
+    """`nohup` has a run outlive its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_ctrl_c_outside_training(cli, smallest, tmp_path, monkeypatch, command):
+    spoil("none", tmp_path / "x.pth")
+    scores = deeplab.DeepLabv3.scores
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return scores(*args, **options)
+
+    monkeypatch.setattr(deeplab.DeepLabv3, "scores", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
+    flags = ["--eval_batch_size", 1] if command == "evaluate" else ["--predict", "set/images"]
+    try:
+        status, _, err = cli("--checkpoint", "x.pth", *flags, *smallest)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (status, err.strip()) == (130, "main.py: stopped by SIGINT")
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("flags", [["--check"], ["--train", "--exp", "x", "--skip_bad"]])
+def test_stop_while_all_files_are_decoded(cli, smallest, tmp_path, monkeypatch, flags):
+    """What waits for its turn is not decoded any more."""
+    (tmp_path / "set/list/train.txt").write_text(500 * "/images/train0.jpg /masks/train0.png\n")
+    read, count = SegmentationDataset.read, []
+
+    def interrupted(dataset, index):
+        count.append(index)
+        if len(count) == 50:
+            os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, whichever decodes
+        return read(dataset, index)
+
+    monkeypatch.setattr(SegmentationDataset, "read", interrupted)
+    assert cli(*flags, *smallest)[0] == 143 and 50 <= len(count) < 100
