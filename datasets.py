@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets import Cityscapes as CityscapesClasses
 
+from files.exports import recognize
 from files.images import check_sizes, open_image, read_image, upright
-from files.lists import Pairs, find_samples, read_list, unique_names
+from files.lists import Pairs, find_samples, holds_samples, read_list, unique_names
 from files.masks import VOC_CLASSES, Labels, describe_pixels, read_classes
 from files.pictures import Palette, save_image, save_mask, voc_palette
 from files.shapes import draw_shapes
@@ -160,13 +161,26 @@ class SegmentationDataset(Dataset):
 
 class VOCSegmentation(SegmentationDataset):
     """PASCAL VOC 2012 under `root`/VOC2012, by the lists train_aug.txt and val.txt, or the images of the test
-    server. Raises UserError if the lists are missing or malformed."""
+    server. Another `train_list` is one of ImageSets/Segmentation, with the masks of SegmentationClass, whose
+    borders are ignored. Raises UserError if the lists are missing or malformed."""
 
     labels = Labels(VOC_CLASSES, voc_palette(21))
 
-    def __init__(self, root: str, split: str = "train", crop_size: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        crop_size: int | None = None,
+        seed: int = 0,
+        train_list: str = "train_aug",
+    ):
         self.split, folder = split, os.path.join(root, "VOC2012")
-        if split == "test":
+        if split == "train" and train_list != "train_aug":
+            path = os.path.join(folder, "ImageSets/Segmentation", f"{train_list}.txt")
+            names = [name.strip() for _, name in read_lines(path, "--train_list names one that is there")]
+            files = ((f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names)
+            pairs = [(os.path.join(folder, image), os.path.join(folder, mask)) for image, mask in files]
+        elif split == "test":
             path = os.path.join(folder, "ImageSets/Segmentation/test.txt")
             names = (name.strip() for _, name in read_lines(path, "unpack VOC2012test.tar there"))
             pairs = [(os.path.join(folder, f"JPEGImages/{name}.jpg"), None) for name in names]
@@ -233,6 +247,9 @@ class ListSegmentation(SegmentationDataset):
     and masks (see `lists.find_samples`). Raises UserError if one of these is missing or malformed."""
 
     def __init__(self, root: str, split: str = "train", crop_size: int | None = None, seed: int = 0):
+        if os.path.isdir(root) and not holds_samples(root) and (found := recognize(root)):
+            command = f"`python main.py --convert {root} --data_root NEW` makes a data set of it"
+            raise UserError(f"{root} looks like an export, {found[0]}: {command}")
         pairs, path = find_samples(root, split), os.path.join(root, "classes.txt")
         masks = [mask for _, mask in pairs if mask]
         if 0 < len(masks) < len(pairs):

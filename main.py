@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -P` leaves it out
 from commands.download import download_all
-from commands.flags import inference_options, model_options, parse_args
+from commands.flags import convert_options, inference_options, model_options, parse_args
 from utils import prepare_threads, run_command
 
 if __name__ == "__main__":
@@ -17,6 +17,10 @@ if __name__ == "__main__":
     ARGS = parse_args()
     if ARGS.download:
         run_command(lambda: download_all(ARGS.download, ARGS.url))
+    if ARGS.convert:
+        from commands.convert import convert  # after the flags: it needs NumPy and Pillow
+
+        run_command(lambda: convert(**convert_options(ARGS)))
     prepare_threads()
 
 import argparse
@@ -40,6 +44,7 @@ import datasets
 import deeplab
 import utils
 from commands.check import check, count_labels, median_frequency, prepare
+from commands.convert import convert
 from commands.evaluate import (
     evaluate,
     print_never_predicted,
@@ -97,7 +102,8 @@ def open_dataset(args: argparse.Namespace, split: str) -> SegmentationDataset:
     """A split of the data set, in random crops if it is to be trained on. Raises UserError if a sample of it
     cannot be used, unless --skip_bad leaves it out."""
     crop_size = args.crop_size if args.train and split == "train" else None
-    dataset = datasets.DATASETS[args.dataset](args.data_root, split, crop_size, args.seed)
+    options = {"train_list": args.train_list} if args.train_list else {}
+    dataset = datasets.DATASETS[args.dataset](args.data_root, split, crop_size, args.seed, **options)
     prepare(dataset, split, args.skip_bad)
     return dataset
 
@@ -451,6 +457,9 @@ def run(args: argparse.Namespace) -> int:
     """One command; returns the exit status."""
     if args.download:
         download_all(args.download, args.url)
+        return 0
+    if args.convert:
+        convert(**convert_options(args))
         return 0
     if args.check:
         return int(check(args.dataset, args.data_root, list(dict.fromkeys(("train", "val", args.split)))) > 0)

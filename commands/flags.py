@@ -84,6 +84,7 @@ def make_parser() -> Parser:
         help="write the network to FILE.onnx or .pt2, or its weights to FILE.pth",
     )
     add("--download", metavar="NAME", nargs="+", choices=DOWNLOADS, help=f"fetch {', '.join(DOWNLOADS)}")
+    add("--convert", metavar="EXPORT", help="make a data set, --data_root, of an annotation tool's export")
     add = group.add_argument
     add("--exp", metavar="NAME", help="name of the experiment, part of the checkpoints' names")
     add("--resume", metavar="PATH", help="continue this checkpoint; `auto`: the newest of --exp, if any")
@@ -96,6 +97,10 @@ def make_parser() -> Parser:
     add("--dataset", choices=DATA_ROOTS, default="pascal", help="shapes needs no files")
     add("--data_root", metavar="DIR", help="folder of the data set, if not the one under data/")
     add("--split", choices=("train", "val", "test"), default="val", help="split to evaluate")
+    add("--train_list", metavar="NAME", help="train pascal on this list of ImageSets/Segmentation")
+    add("--classes", metavar="NAME", nargs="+", help="--convert only these; pascal: VOC's 20, from COCO")
+    add("--others", choices=("background", "ignore"), default="background", help="what the others become")
+    add("--images", metavar="DIR", help="where the images are, if the export of --convert has none")
     add("--crop_size", type=positive, default=513, help="height and width of the training crops")
     add("--workers", type=int, help="processes that load images; 0: load in the main one (4, or one a core)")
     add("--skip_bad", action=yes, help="decode all files first, and leave out damaged samples")
@@ -201,6 +206,12 @@ def model_options(args: argparse.Namespace) -> dict:
     return {key: value for key, value in options.items() if value is not None}
 
 
+def convert_options(args: argparse.Namespace) -> dict:
+    """The arguments of `convert` that the flags give."""
+    options = {"export": args.convert, "root": args.data_root, "images": args.images}
+    return options | {"wanted": args.classes, "others": args.others, "skip_bad": args.skip_bad}
+
+
 def inference_options(args: argparse.Namespace) -> dict:
     """The arguments of `deeplab.Inference` that the flags give."""
     return {
@@ -217,7 +228,17 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if value == "" or (isinstance(value, list) and "" in value):  # of a shell's variable that is not set
             parser.error(f"--{name} is empty: give it a value, or leave it out")
-    evaluates = not (args.train or args.predict or args.export or args.download or args.check)
+    evaluates = not any((args.train, args.predict, args.export, args.download, args.check, args.convert))
+    if args.convert and not args.data_root:
+        parser.error("--convert needs --data_root DIR: the folder of the data set that it makes")
+    if not args.convert and (args.classes or args.images or args.others != "background"):
+        parser.error("--classes, --others and --images go with --convert")
+    if args.others == "ignore" and not args.classes:
+        parser.error("--others ignore goes with --classes: without them, there are no others")
+    if args.train_list and not (args.train and args.dataset == "pascal"):
+        parser.error("--train_list goes with --train and --dataset pascal")
+    if args.train_list and os.path.basename(args.train_list) != args.train_list:
+        parser.error(f"--train_list {args.train_list!r}: give the list's name, without folder and ending")
     if args.url and len(args.download or ()) != 1:
         parser.error("--url replaces the address of one --download NAME: give one NAME with it")
     if args.url and not args.url.lower().startswith(("http://", "https://")):

@@ -70,15 +70,21 @@ def turn_of(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
         return None
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of an image, turned as its EXIF orientation says, by its header alone. Raises
-    UserError if it cannot be read."""
+def stored_size(path: str) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """Width and height of an image as it is stored, and the turn that shows it upright, by its header alone.
+    Raises UserError if it cannot be read."""
     image = open_image(path, load=False)
     size = image.size
     if image.format == "TIFF":  # some versions of Pillow have turned it already
         size = tuple(image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
     # Not image.getexif(): for a PNG that decodes the file, as the tag may stand behind the pixels.
-    turn = turn_of(partial(Image.Image.getexif, image))
+    return size, turn_of(partial(Image.Image.getexif, image))
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """Width and height of an image, turned as its EXIF orientation says, by its header alone. Raises
+    UserError if it cannot be read."""
+    size, turn = stored_size(path)
     return size[::-1] if turn in SIDEWAYS else size
 
 

@@ -15,6 +15,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gi
 # Names of folders, in lower case, that are splits.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLIT_FOLDERS |= {"test": "test", "testing": "test"}
+# Folders of masks, in lower case, where there is no folder masks.
+MASK_FOLDERS = ("mask", "annotations", "annotation", "labels", "label", "gtfine", "gt", "segmentationclass")
 
 
 Pairs = list[tuple[str, str | None]]  # the paths of the image and the mask of each sample
@@ -26,10 +28,28 @@ def find_samples(root: str, split: str) -> Pairs:
     if os.path.isdir(os.path.join(root, "list")):
         return read_list(root, split, "--data_root names the folder that holds it")
     if os.path.isdir(os.path.join(root, "images")):
-        return pair_folders(root, split)
+        return pair_folders(root, split, mask_folder(root) or "masks")
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root}: --data_root names the one that holds the data set")
     raise UserError(f"{root} has neither list/{split}.txt nor the folders images and masks")
+
+
+def holds_samples(root: str) -> bool:
+    """Whether `find_samples` has where to look for images and masks. Raises UserError as `mask_folder`."""
+    names = os.listdir(root)
+    return "list" in names or ("images" in names and mask_folder(root) is not None)
+
+
+def mask_folder(root: str) -> str | None:
+    """The folder of masks beside `root`/images: masks, or one that other data sets have (`MASK_FOLDERS`) and
+    that holds pictures. Raises UserError if there are several."""
+    if os.path.isdir(os.path.join(root, "masks")):
+        return "masks"
+    names = [name for name in sorted(os.listdir(root)) if name.lower() in MASK_FOLDERS]
+    names = [name for name in names if images_below(os.path.join(root, name))]
+    if len(names) > 1:
+        raise UserError(f"{root} has {names[0]} and {names[1]}: rename the one of masks to masks")
+    return names[0] if names else None
 
 
 def read_list(root: str, name: str, hint: str) -> Pairs:
@@ -74,20 +94,20 @@ def make_voc_lists(folder: str) -> None:
         )
 
 
-def pair_folders(root: str, split: str) -> Pairs:
-    """The images below `root`/images with the masks of the same names below `root`/masks, whose names may end
-    in something that is common to all, such as `_mask`.
+def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
+    """The images below `root`/images with the masks of the same names below `root`/`folder`, whose names may
+    end in something that is common to all, such as `_mask`.
 
     The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`), or VOC's lists in
     ImageSets/Segmentation. Without them a hash of its name puts each fifth image in val: it stays there on
     every machine, and when others come. Raises UserError if the two do not match."""
-    images, masks = (images_below(os.path.join(root, name)) for name in ("images", "masks"))
+    images, masks = (images_below(os.path.join(root, name)) for name in ("images", folder))
     suffix = common_suffix(images, masks)
     stems = {name.removesuffix(suffix): path for name, path in masks.items()}
     if len(stems) < len(masks):
         one = next(path for name, path in masks.items() if stems[name.removesuffix(suffix)] != path)
         other = stems[os.path.splitext(one)[0].removesuffix(suffix)]
-        raise UserError(f"{root}/masks has {one} and {other}: which of them is meant?")
+        raise UserError(f"{root}/{folder} has {one} and {other}: which of them is meant?")
     masks = stems
     if any(map(split_of, images)):
         part = {name for name in {*images, *masks} if split_of(name) == split}
@@ -95,22 +115,27 @@ def pair_folders(root: str, split: str) -> Pairs:
         part = {normalize("NFC", line.strip()) for _, line in read_lines(path, "it names the images")}
     else:
         print(f"{root} has no folders train and val: a hash of its name puts every fifth image in val")
-        fifth = {name for name in {*images, *masks} if zlib.crc32(os.fsencode(name)) % 5 == 0}
+        fifth = every_fifth({*images, *masks})
         part = {"train": {*images, *masks} - fifth, "val": fifth, "test": set()}[split]
     lonely = sorted(part & images.keys() - masks.keys()) if split != "test" else []
     if lonely:
-        where = f"no mask of that name in {root}/masks"
+        where = f"no mask of that name in {root}/{folder}"
         raise UserError(f"{root}/images/{images[lonely[0]]}: {where} ({len(lonely)} such images)")
     if lonely := sorted(part & masks.keys() - images.keys()):
         where = f"no image of that name in {root}/images"
-        raise UserError(f"{root}/masks/{masks[lonely[0]]}: {where} ({len(lonely)} such masks)")
+        raise UserError(f"{root}/{folder}/{masks[lonely[0]]}: {where} ({len(lonely)} such masks)")
     if lonely := sorted(part - images.keys()):  # of VOC's list
         raise UserError(f"{path}: no image {lonely[0]} in {root}/images ({len(lonely)} such names)")
     if not part:
-        hint = f"put some in images/{split} and masks/{split}, or write list/{split}.txt"
+        hint = f"put some in images/{split} and {folder}/{split}, or write list/{split}.txt"
         raise UserError(f"{root} has no images of the {split} part ({len(images)} in all): {hint}")
-    mask_of = {name: os.path.join(root, "masks", path) for name, path in masks.items()}
+    mask_of = {name: os.path.join(root, folder, path) for name, path in masks.items()}
     return [(os.path.join(root, "images", images[name]), mask_of.get(name)) for name in sorted(part)]
+
+
+def every_fifth(names: Iterable[str]) -> set[str]:
+    """The names that their hashes put in val."""
+    return {name for name in names if zlib.crc32(os.fsencode(name)) % 5 == 0}
 
 
 def existing(path: str) -> str:

@@ -1,0 +1,190 @@
+"""COCO JSON, as COCO itself, CVAT, Label Studio and Roboflow write it."""
+
+import os
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from files.exports import (
+    BACKGROUND,
+    EMPTY,
+    Export,
+    Notes,
+    Sample,
+    find_image,
+    known_size,
+    load_json,
+    split_in,
+    usable,
+)
+from utils import IGNORE_INDEX, UserError
+
+
+class CocoImage(NamedTuple):
+    id: Any
+    file_name: str
+    width: Any
+    height: Any
+
+
+class CocoObject(NamedTuple):
+    image_id: Any
+    category_id: Any
+    crowd: bool
+    segmentation: Any  # [array of x, y, x, y, ... of a polygon], a dict that is RLE, or None
+
+
+def compact(item: dict) -> Any:
+    """Called for each object of a COCO JSON as it is parsed: Python's own numbers would take gigabytes."""
+    if "image_id" in item and "category_id" in item:
+        shape = item.get("segmentation")
+        if isinstance(shape, list):
+            try:
+                shape = [array("d", polygon) for polygon in shape]
+            except TypeError:
+                shape = None
+        return CocoObject(item["image_id"], item["category_id"], bool(item.get("iscrowd")), shape)
+    if "file_name" in item and "id" in item:
+        return CocoImage(item["id"], str(item["file_name"]), item.get("width"), item.get("height"))
+    return item
+
+
+def read_coco(export: str, files: list[str], images: str | None) -> Export:
+    """https://cocodataset.org/#format-data, and how tools lay it out. Raises UserError if a file is cut, or
+    ids contradict each other."""
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError as error:
+        raise UserError("COCO's polygons and RLE need a package: pip install pycocotools") from error
+    classes, samples, notes = [BACKGROUND], [], Notes()
+    for path in files:
+        if os.path.getsize(path) > 1 << 24:
+            print(f"reading {path} ({os.path.getsize(path) >> 20} MB)", flush=True)
+        data = load_json(path, compact)
+        missing = [
+            key
+            for key in ("images", "annotations", "categories")
+            if not (isinstance(data, dict) and key in data)
+        ]
+        if missing:
+            raise UserError(f"{path} has no {missing[0]!r}: a COCO JSON has images, annotations, categories")
+        numbers = coco_categories(path, data, classes, notes)
+        objects: dict[Any, list] = {}
+        entries = {}
+        for image in data["images"]:
+            if not isinstance(image, CocoImage):
+                raise UserError(f"{path}: an image has no id or no file_name")
+            if image.id in entries:
+                raise UserError(f"{path}: two images have the id {image.id}: {image.file_name} is one")
+            entries[image.id] = image
+        for item in data["annotations"]:
+            if not isinstance(item, CocoObject) or item.category_id not in numbers:
+                what = getattr(item, "category_id", item)
+                raise UserError(f"{path}: an annotation is of the category {what!r}, which is not listed")
+            if item.image_id not in entries:
+                notes.add("annotations of images that are not listed: left out", f"image {item.image_id}")
+            elif not item.segmentation:
+                example = entries[item.image_id].file_name
+                notes.add("annotations without a polygon or RLE, as boxes are: left out", example)
+            else:
+                found = (numbers[item.category_id], item.crowd, item.segmentation)
+                objects.setdefault(item.image_id, []).append(found)
+        stem = os.path.basename(path).removesuffix(".json").removeprefix("instances_")
+        split = split_in(stem) or split_in(os.path.basename(os.path.dirname(os.path.abspath(path))))
+        where = image_folders(path, stem, images)
+        for image in entries.values():
+            found = find_image(image.file_name, where)
+            if not found:
+                notes.add(f"images of {path} are not there: left out", image.file_name)
+                continue
+            size = known_size(image.width, image.height, f"{path}: {image.file_name}")
+            samples.append(Sample(found, split, size, objects.get(image.id, [])))
+        if entries and not samples:
+            first, looked = next(iter(entries.values())).file_name, ", ".join(where[:4])
+            raise UserError(
+                f"{path}: {first} is in none of {looked}: --images DIR names the folder of images"
+            )
+    return Export(classes, samples, draw_coco, notes)
+
+
+def coco_categories(path: str, data: dict, classes: list[str], notes: Notes) -> dict[Any, int]:
+    """The number of each category's class; new ones are appended to `classes`. Raises UserError if two have
+    one id."""
+    categories = data["categories"]
+    used = {item.category_id for item in data["annotations"] if isinstance(item, CocoObject)}
+    numbers = {}
+    for item in categories:
+        if not isinstance(item, dict) or not {"id", "name"} <= item.keys():
+            raise UserError(f"{path}: a category has no id or no name")
+        if item["id"] in numbers:
+            raise UserError(f"{path}: two categories have the id {item['id']}: {item['name']!r} is one")
+        # Roboflow begins with a category that stands for all others.
+        groups = {other.get("supercategory") for other in categories if other is not item}
+        if item["id"] == 0 and item["id"] not in used and groups == {item["name"]}:
+            notes.add("categories that only group the others: left out", str(item["name"]))
+            numbers[0] = 0
+            continue
+        name = str(item["name"])
+        if name not in classes:
+            classes.append(name)
+        numbers[item["id"]] = classes.index(name)
+    return numbers
+
+
+def image_folders(path: str, stem: str, images: str | None) -> list[str]:
+    """Where the images of a COCO JSON may lie."""
+    folder = os.path.dirname(path) or "."
+    is_inner = os.path.basename(os.path.abspath(folder)) == "annotations"
+    parents = [images] if images else [os.path.join(folder, os.pardir), folder][not is_inner :]
+    names = ["", *filter(None, (stem, split_in(stem)))]
+    names += [] if images else [os.path.join("images", name) for name in names]
+    return [os.path.normpath(os.path.join(parent, name)) for parent in parents for name in names]
+
+
+def draw_coco(objects: list, labels: Sequence[int], size: tuple[int, int], notes: Notes) -> np.ndarray:
+    """(class, crowd, segmentation) by COCO's rule for polygons, the larger areas first."""
+    from pycocotools import mask as coco
+
+    width, height = size
+    shapes = []
+    for number, crowd, shape in objects:
+        label = IGNORE_INDEX if crowd and labels[number] else labels[number]
+        if isinstance(shape, dict):
+            shape = coco_rle(shape, width, height)
+        else:
+            polygons = [
+                p for p in shape if usable(np.asarray(p), len(p) // 2 if len(p) % 2 == 0 else 0, size, notes)
+            ]
+            if not polygons:
+                continue
+            shape = coco.merge(coco.frPyObjects(polygons, height, width))
+        area = int(coco.area(shape))
+        notes.add(EMPTY, "", area == 0)
+        shapes.append((area, label, shape))
+    mask = np.zeros((height, width), np.uint8, order="F")  # as RLE goes: down, then right
+    for _, label, shape in sorted(shapes, key=lambda item: -item[0]):
+        np.copyto(mask, label, where=coco.decode(shape).view(bool))
+    return np.ascontiguousarray(mask)
+
+
+def coco_rle(shape: dict, width: int, height: int) -> dict:
+    """RLE as pycocotools takes it. Raises UserError if it is of another size than the image."""
+    from pycocotools import mask as coco
+
+    counts = shape.get("counts")
+    if list(shape.get("size") or ()) != [height, width]:
+        raise UserError(
+            f"an RLE has the size {shape.get('size')}, but the image is {height} high, {width} wide"
+        )
+    try:
+        if isinstance(counts, list):
+            if sum(counts) != width * height or min(counts) < 0:
+                raise ValueError("its counts do not add up to the image")
+            return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+        coco.decode(rle)
+        return rle
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"an RLE is damaged: {error}") from error

@@ -1,0 +1,222 @@
+"""Exports of shapes that Pillow draws: labelme's JSON files and YOLO's polygons."""
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from files.exports import (
+    BACKGROUND,
+    EMPTY,
+    FARTHEST,
+    Export,
+    Notes,
+    Sample,
+    example,
+    find_image,
+    known_size,
+    load_json,
+    usable,
+)
+from files.lists import IMAGE_ENDINGS, SPLIT_FOLDERS, images_below, split_of
+from files.whole import read_lines
+from utils import IGNORE_INDEX, UserError
+
+
+def read_labelme(export: str, files: list[str], images: str | None) -> Export:
+    """labelme's JSON files beside their images; labels.txt gives the classes their order. Raises UserError if
+    a file is cut, or has a label that labels.txt lacks."""
+    notes, found, seen = Notes(), [], set()
+    for path in files:
+        data = load_json(path)
+        if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
+            notes.add("JSON files are not labelme's: left out", path)
+            continue
+        name = str(data.get("imagePath") or "").replace("\\", "/")
+        beside = [os.path.splitext(os.path.basename(path))[0] + ending for ending in IMAGE_ENDINGS]
+        where = [images] if images else [os.path.dirname(path)]
+        image = next(filter(None, (find_image(name, where) for name in (name, *beside) if name)), None)
+        if not image:
+            notes.add("images are not beside their JSON files: left out", f"{name} of {path}")
+            continue
+        size = known_size(data.get("imageWidth"), data.get("imageHeight"), path)
+        shapes = [labelme_shape(path, shape) for shape in data["shapes"]]
+        seen |= {label for label, *_ in shapes}
+        found.append((path, image, size, shapes))
+    names, classes = labelme_labels(export, seen)
+    samples = []
+    for path, image, size, shapes in found:
+        if strange := {label for label, *_ in shapes} - names.keys():
+            raise UserError(f"{path}: the label {min(strange)!r} is not in {export}/labels.txt")
+        relative = os.path.relpath(path, export).replace(os.sep, "/")
+        content = [(names[label], *rest) for label, *rest in shapes]
+        samples.append(Sample(image, split_of(relative), size, content))
+    used = {os.path.abspath(image) for _, image, _, _ in found}
+    folders = {os.path.dirname(image) for image in used}
+    photos = {os.path.join(f, n) for f in folders for n in os.listdir(f) if n.lower().endswith(IMAGE_ENDINGS)}
+    notes.add("images have no JSON file, nobody has labelled them: left out", *example(photos - used))
+    return Export(classes, samples, draw_labelme, notes)
+
+
+def labelme_shape(path: str, shape: Any) -> tuple[str, str, list, str | None]:
+    """Label, type, points and mask of a shape. Raises UserError if it has no label or points."""
+    try:
+        points = [(float(x), float(y)) for x, y in shape["points"]]
+        return str(shape["label"]), shape.get("shape_type") or "polygon", points, shape.get("mask")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: a shape has no label or no points ({error!r})") from error
+
+
+def labelme_labels(export: str, seen: set[str]) -> tuple[dict[str, int | None], list[str]]:
+    """The class number of each label, None for what is ignored, and the classes: by labels.txt, else by the
+    alphabet."""
+    path = os.path.join(export, "labels.txt")
+    names = sorted(seen)
+    if os.path.exists(path):
+        names = [line.strip() for _, line in read_lines(path, "it names the labels")]
+    special = {"__ignore__": None, "_background_": 0, BACKGROUND: 0}
+    others = [name for name in dict.fromkeys(names) if name not in special]
+    return special | {name: i for i, name in enumerate(others, 1)}, [BACKGROUND, *others]
+
+
+def draw_labelme(shapes: list, labels: Sequence[int], size: tuple[int, int], notes: Notes) -> np.ndarray:
+    """(class, type, points, mask) as labelme's own shape_to_mask draws them, the later on top."""
+    canvas = Image.new("L", size)
+    draw = ImageDraw.Draw(canvas)
+    for number, kind, points, mask in shapes:
+        label = IGNORE_INDEX if number is None else int(labels[number])
+        paint = {"fill": label, "outline": label}
+        expected = {"circle": 2, "rectangle": 2, "line": 2, "point": 1, "mask": 2, "oriented_rectangle": 4}
+        if kind == "rectangle" and len(points) == 4:
+            kind = "polygon"
+        if kind == "polygon":
+            if usable(np.array(points, float).ravel(), len(points), size, notes):
+                draw.polygon(points, **paint)
+        elif len(points) != expected.get(kind, len(points)) or not np.abs(points).max(initial=0) < FARTHEST:
+            notes.add(f"shapes of the type {kind} with strange points: left out", "")
+        elif kind == "circle":
+            (x, y), edge = points
+            r = math.dist((x, y), edge)
+            draw.ellipse((x - r, y - r, x + r, y + r), **paint)
+        elif kind == "point":
+            (x, y) = points[0]
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), **paint)
+        elif kind == "rectangle":
+            draw.rectangle((*np.min(points, 0).tolist(), *np.max(points, 0).tolist()), **paint)
+        elif kind in ("line", "linestrip") and len(points) > 1:
+            draw.line(points, fill=label, width=10, joint="curve" if kind == "linestrip" else None)
+        elif kind == "oriented_rectangle":
+            draw.polygon(points, **paint)
+        elif kind == "mask" and mask:
+            corner = tuple(int(value) for value in points[0])
+            canvas.paste(label, (*corner, *np.add(corner, stencil(mask).size)), stencil(mask))
+        else:
+            notes.add(f"shapes of the type {kind}: left out", "")
+    return np.array(canvas)
+
+
+def stencil(mask: str) -> Image.Image:
+    """The 1-bit picture in a base64 PNG. Raises UserError if it is none."""
+    try:
+        values = np.asarray(Image.open(io.BytesIO(base64.b64decode(mask))))
+        return Image.fromarray(np.where(values > 0, 255, 0).astype(np.uint8))
+    except Exception as error:  # what a decoder raises depends on the damage
+        raise UserError(f"a shape's mask is no PNG in base64 ({error})") from error
+
+
+def read_yolo(export: str, files: list[str], images: str | None) -> Export:
+    """Ultralytics' data.yaml with images/ and labels/, a polygon a line. Raises UserError if it names no
+    classes, or no images are where it says."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise UserError(f"{files[0]} needs a package: pip install pyyaml") from error
+    path = files[0]
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            data = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    names = data.get("names") if isinstance(data, dict) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path} has no `names` of classes: it is no data set of YOLO's")
+    root = os.path.dirname(path) or "."
+    given = os.path.join(root, str(data.get("path") or ""))
+    root = given if os.path.isdir(given) else root  # a path of another machine
+    classes = [BACKGROUND, *dict.fromkeys(str(name) for name in names.values() if name != BACKGROUND)]
+    numbers = {str(key): classes.index(str(name)) for key, name in names.items()}
+    notes, samples = Notes(), []
+    for key in ("train", "val", "valid", "test"):
+        entries = data.get(key) or []
+        for entry in [entries] if isinstance(entries, str) else entries:
+            for image in yolo_images(root, entry, notes):
+                folder, name = os.path.split(image)
+                folder = re.sub(r"^(.*[/\\]|)images(?=[/\\]|$)", r"\1labels", folder)
+                content = (os.path.join(folder, os.path.splitext(name)[0] + ".txt"), numbers)
+                samples.append(Sample(image, SPLIT_FOLDERS[key], None, content))
+    return Export(classes, samples, draw_yolo, notes)
+
+
+def yolo_images(root: str, entry: str, notes: Notes) -> list[str]:
+    """The images of an entry of data.yaml: a folder, or a list of files. For the folder train/images beside
+    data.yaml Roboflow writes `../train/images`."""
+    forms = [entry, entry.removeprefix("../"), entry.partition("/")[2] or entry]
+    path = next((p for p in (os.path.join(root, form) for form in forms) if os.path.exists(p)), None)
+    if path is None:
+        notes.add("folders of data.yaml are not there: left out", entry)
+        return []
+    if os.path.isdir(path):
+        return [os.path.join(path, name) for _, name in sorted(images_below(path).items())]
+    found = []
+    for _, line in read_lines(path, "it names the images"):
+        name = line.strip()
+        image = find_image(name, [root, os.path.dirname(path)]) or find_image(name.partition("/")[2], [root])
+        if image:
+            found.append(image)
+        else:
+            notes.add(f"images of {path} are not there: left out", name)
+    return found
+
+
+def draw_yolo(content: tuple, labels: Sequence[int], size: tuple[int, int], notes: Notes) -> np.ndarray:
+    """The lines `class x y x y ...` of a label file, in 0..1, as Pillow draws polygons, larger areas first.
+    Raises UserError if a line is malformed, or of a class that data.yaml does not name."""
+    path, numbers = content
+    canvas, polygons = Image.new("L", size), []
+    if not os.path.exists(path):
+        notes.add("images without a label file: background alone", path)
+        return np.array(canvas)
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = [line.split() for line in file]
+    for row, (key, *words) in enumerate((words for words in lines if words), 1):
+        try:
+            points = np.array(words, float)
+        except ValueError as error:
+            raise UserError(f"{path}:{row}: {error}") from error
+        if key.removesuffix(".0") not in numbers:
+            raise UserError(f"{path}:{row}: data.yaml does not name the class {key}")
+        if len(points) == 4:
+            notes.add("boxes, no polygons: left out", path)
+            continue
+        if len(points) % 2:
+            raise UserError(f"{path}:{row}: a polygon has an odd number of coordinates, {len(points)}")
+        if not usable(points * np.resize(size, len(points)), len(points) // 2, size, notes):
+            continue
+        points = (points.reshape(-1, 2) * size).ravel().tolist()
+        single = Image.new("1", size)
+        ImageDraw.Draw(single).polygon(points, fill=1, outline=1)
+        area = np.count_nonzero(single)
+        notes.add(EMPTY, path, area == 0)
+        polygons.append((area, int(labels[numbers[key.removesuffix(".0")]]), points))
+    draw = ImageDraw.Draw(canvas)
+    for _, label, points in sorted(polygons, key=lambda item: -item[0]):
+        draw.polygon(points, fill=label, outline=label)
+    return np.array(canvas)

@@ -1,0 +1,758 @@
+"""--convert: exports as the tools write them, their masks against a slow reference, and what is refused."""
+
+import base64
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import NETWORK, SHARED, SMALL, needs_shared, one_line
+from PIL import Image, ImageDraw
+
+import commands.convert
+from commands.convert import convert
+from datasets import ListSegmentation, VOCSegmentation
+from files.masks import VOC_CLASSES
+from files.pictures import voc_palette
+from utils import UserError
+
+SIZE = (70, 50)
+MAIN = Path(__file__).parents[1] / "main.py"
+
+
+def photo(path: Path, size=SIZE, orientation: int | None = None) -> Path:
+    """A picture that no other is equal to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    if orientation:
+        exif[274] = orientation
+    Image.fromarray(pixels).resize(size).save(path, exif=exif)
+    return path
+
+
+def star(rng, x: float, y: float, radius: float) -> list[float]:
+    """A polygon around a point, as x, y, x, y, ..."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    radii = radius * rng.uniform(0.4, 1, 9)
+    return np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], 1).round(2).ravel().tolist()
+
+
+def paint(mask: np.ndarray, where: np.ndarray, label: int) -> None:
+    for y, x in zip(*np.nonzero(where), strict=True):
+        mask[y, x] = label
+
+
+def drawn(method: str, *args, size=SIZE, **options) -> np.ndarray:
+    """What a method of Pillow's draws on an empty picture, bool (H, W)."""
+    image = Image.new("1", size)
+    getattr(ImageDraw.Draw(image), method)(*args, fill=1, **options)
+    return np.array(image)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+# The makers write an export and return {path of the image: labels}, and perhaps flags to read it with.
+
+
+def coco_part(path: Path, folder: Path, prefix: str, seed: int, placeholder: bool = False) -> dict:
+    """A COCO JSON of four images: overlapping polygons, one of two pieces, RLE of both kinds, a crowd."""
+    from pycocotools import mask as coco
+    from pycocotools.coco import COCO
+
+    rng, images, annotations = np.random.default_rng(seed), [], []
+    categories = [
+        {"id": 3, "name": "cat", "supercategory": "pets"},
+        {"id": 7, "name": "dog", "supercategory": "pets"},
+    ]
+    if placeholder:
+        categories.insert(0, {"id": 0, "name": "pets", "supercategory": "none"})
+    for number in range(4):
+        name = f"img {seed}{number}.jpg"
+        photo(folder / name)
+        images.append({"id": 40 + number, "file_name": prefix + name, "width": SIZE[0], "height": SIZE[1]})
+        for k in range(5):
+            pieces = [star(rng, *rng.uniform((0, 0), SIZE), rng.uniform(5, 30)) for _ in range(1 + k % 2)]
+            shape = pieces
+            if k == 2:
+                shape = coco.merge(coco.frPyObjects(pieces, SIZE[1], SIZE[0]))
+                shape = {"size": shape["size"], "counts": shape["counts"].decode()}
+            if k == 3:
+                lengths = [600, 150, 1000, 30, 70 * 50 - 1780]
+                shape = {"size": [SIZE[1], SIZE[0]], "counts": lengths}
+            category = int(rng.choice([3, 7]))
+            annotations.append({"id": len(annotations) + 1, "image_id": 40 + number, "category_id": category})
+            annotations[-1] |= {
+                "segmentation": shape,
+                "iscrowd": int(k == 3),
+                "area": 1,
+                "bbox": [0, 0, 1, 1],
+            }
+    write(
+        path, json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories})
+    )
+    tool, expected = COCO(path), {}
+    for image in images:
+        mask = np.zeros(SIZE[::-1], np.uint8)
+        found = [(tool.annToMask(a), a) for a in annotations if a["image_id"] == image["id"]]
+        for where, a in sorted(found, key=lambda item: -int(item[0].sum())):
+            paint(mask, where, 255 if a["iscrowd"] else {3: 1, 7: 2}[a["category_id"]])
+        expected[str(folder / image["file_name"].removeprefix(prefix))] = mask
+    return expected
+
+
+def make_coco(root: Path):
+    pytest.importorskip("pycocotools")
+    first = coco_part(root / "annotations/instances_train2017.json", root / "train2017", "", 1)
+    write(root / "annotations/captions_train2017.json", '{"images": [], "annotations": []}')
+    return first | coco_part(root / "annotations/instances_val2017.json", root / "val2017", "", 2)
+
+
+def make_cvat_coco(root: Path):
+    pytest.importorskip("pycocotools")
+    return coco_part(root / "annotations/instances_default.json", root / "images/default", "", 3)
+
+
+def make_label_studio_coco(root: Path):
+    pytest.importorskip("pycocotools")
+    return coco_part(root / "result.json", root / "images", "images\\", 4)
+
+
+def make_roboflow_coco(root: Path):
+    pytest.importorskip("pycocotools")
+    write(root / "README.roboflow.txt", "")
+    parts = [("train", 5), ("valid", 6), ("test", 7)]
+    made = [coco_part(root / f"{p}/_annotations.coco.json", root / p, "", n, True) for p, n in parts]
+    return {path: mask for part in made for path, mask in part.items()}
+
+
+def random_masks(root: Path, names, classes: int = 3) -> dict:
+    rng, masks = np.random.default_rng(0), {}
+    for name in names:
+        blocks = rng.integers(0, classes, (5, 7)).astype(np.uint8)
+        masks[str(photo(root / name))] = np.kron(blocks, np.ones((10, 10), np.uint8))
+    return masks
+
+
+def make_cvat_masks(root: Path):
+    masks = random_masks(root.parent / "photos", ["a.jpg", "b c.png", "sub/d.jpg"])
+    colors = np.array([(0, 0, 0), (10, 10, 128), (250, 50, 83)], np.uint8)
+    text = "# label:color_rgb:parts:actions\ncat:10,10,128::\nbackground:0,0,0::\ndog:250,50,83:body:\n"
+    write(root / "labelmap.txt", text)
+    names = [os.path.splitext(os.path.relpath(path, root.parent / "photos"))[0] for path in masks]
+    lines = [f'"{name}"' if " " in name else name for name in names]
+    write(root / "ImageSets/Segmentation/default.txt", "".join(f"{line}\n" for line in lines))
+    for name, mask in zip(names, masks.values(), strict=True):
+        path = root / f"SegmentationClass/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colors[mask]).save(path)
+    return masks, ["--images", root.parent / "photos"]
+
+
+def make_voc(root: Path):
+    masks = random_masks(root / "JPEGImages", [f"2007_{i}.jpg" for i in range(5)], 21)
+    for path, mask in masks.items():
+        mask[3:5] = 255
+        picture = Image.fromarray(mask)
+        picture.putpalette(np.array(voc_palette(), np.uint8).tobytes())
+        (root / "SegmentationClass").mkdir(exist_ok=True)
+        picture.save(root / f"SegmentationClass/{Path(path).stem}.png")
+    for name, numbers in (("train", (0, 1, 2)), ("val", (3, 4)), ("trainval", range(5))):
+        write(root / f"ImageSets/Segmentation/{name}.txt", "".join(f"2007_{i}\n" for i in numbers))
+    return masks
+
+
+def make_lightly(root: Path):
+    masks = random_masks(root / "JPEGImages", [f"{i}.jpg" for i in range(4)])
+    write(root / "class_id_to_name.json", json.dumps({"7": "cat", "0": "background", "9": "dog"}))
+    for path, mask in masks.items():
+        (root / "SegmentationClass").mkdir(exist_ok=True)
+        picture = Image.fromarray(np.array([0, 7, 9], np.uint8)[mask])
+        picture.save(root / f"SegmentationClass/{Path(path).stem}.png")
+    return masks
+
+
+def make_roboflow_masks(root: Path):
+    masks = random_masks(root, [f"{part}/{n}.rf.4f.jpg" for part in ("train", "valid", "test") for n in "ab"])
+    for part in ("train", "valid", "test"):
+        write(root / part / "_classes.csv", "Pixel Value, Class\n0, cat\n2, background\n5, dog\n")
+    for path, mask in masks.items():
+        Image.fromarray(np.array([2, 0, 5], np.uint8)[mask]).save(f"{path[:-4]}_mask.png")
+    return masks
+
+
+def make_labelme(root: Path):
+    """All types of shapes, some leaving the image, with and without a group; the later on top."""
+    write(root / "labels.txt", "__ignore__\n_background_\ncat\ndog\n")
+    labels, expected = {"__ignore__": 255, "_background_": 0, "cat": 1, "dog": 2}, {}
+    for number in range(5):
+        rng, shapes, mask = np.random.default_rng(number), [], np.zeros(SIZE[::-1], np.uint8)
+        path = photo(root / f"photo {number}.jpg")
+        stamp = rng.random((9, 12)) < 0.6
+        data = io.BytesIO()
+        Image.fromarray(stamp).save(data, "PNG")
+        (x, y), (px, py) = rng.uniform((0, 0), SIZE, (2, 2)).round(3).tolist()
+        r, left, top = math.dist((x, y), (px, py)) / 3, 20 + number, 8
+        polygon = np.reshape(star(rng, x, y, 40), (-1, 2)).tolist()
+        line = [(int(a), int(b)) for a, b in rng.uniform((0, 0), SIZE, (4, 2))]
+        stamped = np.zeros_like(mask, bool)
+        stamped[top : top + 9, left : left + 12] = stamp
+        flat = [tuple(point) for point in polygon]
+        box = (min(x, px), min(y, py), max(x, px), max(y, py))
+        for label, kind, points, where in (
+            ("cat", "polygon", polygon, drawn("polygon", flat, outline=1)),
+            ("dog", "rectangle", [[x, y], [px, py]], drawn("rectangle", box, outline=1)),
+            (
+                "_background_",
+                "circle",
+                [[x, y], [x + r, y]],
+                drawn("ellipse", (x - r, y - r, x + r, y + r), outline=1),
+            ),
+            ("cat", "linestrip", line, drawn("line", line, width=10, joint="curve")),
+            ("dog", "point", [[px, py]], drawn("ellipse", (px - 5, py - 5, px + 5, py + 5), outline=1)),
+            ("__ignore__", "mask", [[left, top], [left + 11, top + 8]], stamped),
+            ("cat", "line", line[:2], drawn("line", line[:2], width=10)),
+        ):
+            shape = {"label": label, "points": points, "shape_type": kind, "group_id": None, "flags": {}}
+            shape["mask"] = base64.b64encode(data.getvalue()).decode() if kind == "mask" else None
+            shapes.append(shape)
+            paint(mask, where, labels[label])
+        about = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": path.name, "imageData": None}
+        write(path.with_suffix(".json"), json.dumps(about | {"imageHeight": SIZE[1], "imageWidth": SIZE[0]}))
+        expected[str(path)] = mask
+    return expected
+
+
+def make_yolo(root: Path):
+    pytest.importorskip("yaml")
+    write(
+        root / "data.yaml",
+        "path: ../datasets/x\ntrain: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['cat', 'dog']\n",
+    )
+    expected = {}
+    for number in range(6):
+        rng, lines, shapes = np.random.default_rng(number), [], []
+        folder = root / ("train" if number < 4 else "valid")
+        path = photo(folder / f"images/{number}.jpg")
+        for k in range(4):
+            points = np.reshape(star(rng, *rng.uniform((0, 0), SIZE), rng.uniform(5, 40)), (-1, 2))
+            points = (points / SIZE).clip(0, 1).round(6)
+            lines.append(" ".join(map(str, [k % 2, *points.ravel().tolist()])))
+            shapes.append((drawn("polygon", (points * SIZE).ravel().tolist(), outline=1), 1 + k % 2))
+        write(folder / f"labels/{number}.txt", "\n".join(lines))
+        mask = np.zeros(SIZE[::-1], np.uint8)
+        for where, label in sorted(shapes, key=lambda shape: -int(shape[0].sum())):
+            paint(mask, where, label)
+        expected[str(path)] = mask
+    return expected
+
+
+def make_cvat_yolo(root: Path):
+    """As CVAT lays it out: a list of the images, one part, class numbers as keys."""
+    expected = make_yolo(root)
+    write(root / "data.yaml", "names:\n  0: cat\n  1: dog\npath: .\ntrain: train.txt\n")
+    moved = {}
+    for path, mask in expected.items():
+        path, folder = Path(path), Path(path).parents[1]
+        for kind, ending in (("images", "jpg"), ("labels", "txt")):
+            target = root / kind / "train" / f"{path.stem}.{ending}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(folder / kind / f"{path.stem}.{ending}", target)
+        moved[str(root / f"images/train/{path.name}")] = mask
+    write(root / "train.txt", "".join(f"data/images/train/{Path(path).name}\n" for path in moved))
+    return moved
+
+
+MAKERS = {
+    name.removeprefix("make_"): make
+    for name, make in list(globals().items())
+    if name.startswith("make_") and make.__module__ == __name__
+}
+SPLIT_BY_THE_EXPORT = {"coco", "roboflow_coco", "voc", "roboflow_masks", "yolo"}
+
+
+def make_export(kind: str, root: Path) -> tuple[dict, list]:
+    made = MAKERS[kind](root)
+    return made if isinstance(made, tuple) else (made, [])
+
+
+def masks_of(root: Path) -> dict:
+    """{path of the image: labels} of a data set, and the splits, as it is read for training."""
+    found = {}
+    for split in ("train", "val", "test"):
+        if (root / f"list/{split}.txt").exists():
+            dataset = ListSegmentation(str(root), split)
+            for i, (image, _) in enumerate(dataset.pairs):
+                found[os.path.realpath(image)] = (split, dataset.read(i)[1].numpy())
+    return found
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_masks_are_those_of_a_slow_reference(kind, tmp_path, cli):
+    expected, flags = make_export(kind, tmp_path / "export")
+    status, out, err = cli("--convert", tmp_path / "export", "--data_root", tmp_path / "new/set", *flags)
+    assert (status, err) == (0, ""), err
+    found = masks_of(tmp_path / "new/set")
+    assert found.keys() == {os.path.realpath(path) for path in expected}
+    for path, mask in expected.items():
+        split, made = found[os.path.realpath(path)]
+        np.testing.assert_array_equal(made, mask, err_msg=path)
+        if kind in SPLIT_BY_THE_EXPORT and kind != "voc":
+            assert split in {"valid": "val"}.get(Path(path).relative_to(tmp_path / "export").parts[0], path)
+    assert {split for split, _ in found.values()} >= {"train", "val"}
+    assert ("a hash of its name" in out) == (kind not in SPLIT_BY_THE_EXPORT)
+    classes = [line.rsplit(" ", 3)[0] for line in (tmp_path / "new/set/classes.txt").read_text().splitlines()]
+    assert classes == (VOC_CLASSES if kind == "voc" else ["background", "cat", "dog"])
+    status, out, err = cli("--check", "--dataset", "custom", "--data_root", tmp_path / "new/set")
+    assert status == 0 and "no fault was found" in out, err
+
+
+@pytest.mark.parametrize("kind", ["coco", "labelme"])
+def test_a_converted_export_trains_and_evaluates(kind, tmp_path, cli):
+    _, flags = make_export(kind, tmp_path / "export")
+    assert cli("--convert", "export", "--data_root", "set", *flags)[0] == 0
+    about = ["--exp", "x", "--dataset", "custom", "--data_root", "set"]
+    status, _, err = cli("--train", *about, *SMALL, *NETWORK, "--batch_size", 2, "--epochs", 1)
+    assert status == 0, err
+    status, out, _ = cli(*about, "--backbone", "tiny")
+    assert status == 0 and "Mean IoU" in out
+
+
+def test_known_answer_of_coco(tmp_path):
+    """A ring by RLE, a square in its hole, boxes that overlap it, a crowd; the smaller lie on top."""
+    pytest.importorskip("pycocotools")
+    photo(tmp_path / "e/a.png", (8, 6))
+    photo(tmp_path / "e/b.png", (8, 6))
+    ring = np.zeros((6, 8), int)
+    ring[1:6, 1:7] = 1
+    ring[2:5, 2:6] = 0
+    column_major = ring.ravel(order="F")
+    edges = [0, *(np.flatnonzero(np.diff(column_major)) + 1).tolist(), ring.size]
+    square = [3, 3, 5, 3, 5, 4, 3, 4]
+    two = [[0, 0, 3, 0, 3, 2, 0, 2], [6, 0, 8, 0, 8, 1, 6, 1]]
+    objects = [(1, two, 0), (1, [square], 0)]
+    objects += [(2, {"size": [6, 8], "counts": np.diff(edges).tolist()}, 0)]
+    objects += [(1, [[0, 5, 2, 5, 2, 6, 0, 6]], 1)]
+    anns = [
+        {"id": i, "image_id": 1, "category_id": c, "segmentation": s, "iscrowd": k}
+        for i, (c, s, k) in enumerate(objects)
+    ]
+    images = [{"id": i, "file_name": f"{n}.png", "width": 8, "height": 6} for i, n in ((1, "a"), (2, "b"))]
+    categories = [{"id": 1, "name": "box"}, {"id": 2, "name": "ring"}]
+    write(
+        tmp_path / "e/x.json", json.dumps({"images": images, "annotations": anns, "categories": categories})
+    )
+    convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    found = masks_of(tmp_path / "set")
+    i = 255
+    assert found[str(tmp_path / "e/a.png")][1].tolist() == [
+        [1, 1, 1, 0, 0, 0, 1, 1],
+        [1, 1, 1, 2, 2, 2, 2, 0],
+        [0, 2, 0, 0, 0, 0, 2, 0],
+        [0, 2, 0, 1, 1, 0, 2, 0],
+        [0, 2, 0, 0, 0, 0, 2, 0],
+        [i, i, 2, 2, 2, 2, 2, 0],
+    ]
+    assert not found[str(tmp_path / "e/b.png")][1].any()
+
+
+@pytest.mark.parametrize("orientation", [None, 3, 5, 6, 7, 8])
+def test_coordinates_are_of_the_upright_or_of_the_stored_image(orientation, tmp_path):
+    stored = photo(tmp_path / "e/a.jpg", (40, 30), orientation)
+    photo(tmp_path / "e/b.jpg", (40, 30), orientation)
+    turned = orientation and orientation >= 5
+    upright_size = (30, 40) if turned else (40, 30)
+    for name, (width, height) in (("a", (40, 30)), ("b", upright_size)):
+        shape = {"label": "x", "points": [[2, 3], [9, 20]], "shape_type": "rectangle"}
+        about = {"shapes": [shape], "imagePath": f"{name}.jpg", "imageWidth": width, "imageHeight": height}
+        write(tmp_path / f"e/{name}.json", json.dumps(about))
+    convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    found = {Path(path).stem: mask for path, (_, mask) in masks_of(tmp_path / "set").items()}
+    as_stored = Image.fromarray(drawn("rectangle", (2, 3, 9, 20), size=(40, 30)).astype(np.uint8))
+    if turned:  # the labels of the stored image, turned as a viewer turns it
+        as_stored.getexif()[274] = orientation
+        with io.BytesIO() as data:
+            as_stored.save(data, "PNG", exif=as_stored.getexif())
+            from PIL import ImageOps
+
+            expected = np.array(ImageOps.exif_transpose(Image.open(data)))
+        np.testing.assert_array_equal(found["a"], expected)
+    else:
+        np.testing.assert_array_equal(found["a"], np.array(as_stored))
+    np.testing.assert_array_equal(found["b"], drawn("rectangle", (2, 3, 9, 20), size=upright_size))
+    assert stored.exists()
+
+
+def test_classes_that_are_chosen(tmp_path, cli):
+    expected = make_labelme(tmp_path / "export")
+    for others, rest in (("background", 0), ("ignore", 255)):
+        root = tmp_path / others
+        status, *_ = cli("--convert", "export", "--data_root", root, "--classes", "dog", "--others", others)
+        assert status == 0
+        table = np.arange(256, dtype=np.uint8)
+        table[[1, 2]] = rest, 1
+        found = masks_of(root)
+        for path, mask in expected.items():
+            np.testing.assert_array_equal(found[path][1], table[mask])
+        assert [line.split()[0] for line in (root / "classes.txt").read_text().splitlines()] == [
+            "background",
+            "dog",
+        ]
+    status, _, err = cli("--convert", "export", "--data_root", "none", "--classes", "cow")
+    assert status == 1 and "the export has no 'cow', but background, cat, dog" in err and one_line(err)
+
+
+def test_pascal_takes_vocs_classes_in_vocs_order(tmp_path, cli):
+    """COCO's categories have other numbers and names; a training image needs 1,000 pixels of VOC's."""
+    pytest.importorskip("pycocotools")
+    names = {5: "airplane", 2: "bicycle", 16: "bird", 9: "boat", 44: "bottle", 6: "bus", 3: "car", 17: "cat"}
+    names |= {
+        62: "chair",
+        21: "cow",
+        67: "dining table",
+        18: "dog",
+        19: "horse",
+        4: "motorcycle",
+        1: "person",
+    }
+    names |= {64: "potted plant", 20: "sheep", 63: "couch", 7: "train", 72: "tv", 52: "banana"}
+    order = [5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72]
+    categories = [{"id": n, "name": names[n]} for n in sorted(names)]
+    for split in ("train", "val"):
+        images, anns = [], []
+        for number, category in enumerate([*order, 52, 1]):
+            side = 31 if number == len(order) + 1 else 32  # of the last it has 961 pixels
+            photo(tmp_path / f"coco/{split}2017/{number:02}.jpg", (40, 40))
+            images.append({"id": number, "file_name": f"{number:02}.jpg", "width": 40, "height": 40})
+            box = [0, 0, side, 0, side, side, 0, side]
+            anns.append(
+                {
+                    "id": number,
+                    "image_id": number,
+                    "category_id": category,
+                    "segmentation": [box],
+                    "iscrowd": 0,
+                }
+            )
+        path = tmp_path / f"coco/annotations/instances_{split}2017.json"
+        write(path, json.dumps({"images": images, "annotations": anns, "categories": categories}))
+    status, out, _ = cli("--convert", "coco", "--data_root", "set", "--classes", "pascal")
+    assert status == 0 and "2 training images with fewer than 1000 pixels of VOC's classes: left out" in out
+    found = masks_of(tmp_path / "set")
+    train = {Path(p).stem: mask for p, (split, mask) in found.items() if split == "train"}
+    assert sorted(train) == [f"{i:02}" for i in range(20)]
+    assert [int(train[f"{i:02}"][5, 5]) for i in range(20)] == list(range(1, 21))
+    assert sum(split == "val" for split, _ in found.values()) == 22
+    assert ListSegmentation("set", "train").classes == VOC_CLASSES
+
+
+def spoiled_coco(root: Path, kind: str) -> None:
+    make_cvat_coco(root)
+    path = root / "annotations/instances_default.json"
+    data = json.loads(path.read_text())
+    images, annotations, categories = data["images"], data["annotations"], data["categories"]
+    if kind == "cut":
+        return path.write_text(path.read_text()[:-700])
+    if kind == "image ids":
+        images[1]["id"] = images[0]["id"]
+    elif kind == "category ids":
+        categories[1]["id"] = 3
+    elif kind == "unknown category":
+        annotations[3]["category_id"] = 99
+    elif kind == "one file":
+        images[1]["file_name"] = images[0]["file_name"]
+    elif kind == "no images":
+        os.rename(root / "images", root / "elsewhere")
+    elif kind == "size":
+        images[2] |= {"width": 71}
+    elif kind == "rle size":
+        annotations[-3]["segmentation"]["size"] = [70, 50]
+    elif kind == "rle counts":
+        annotations[3]["segmentation"]["counts"] = [3, 4]
+    elif kind == "boxes":
+        for item in annotations:
+            item["segmentation"] = []
+    elif kind == "damaged":
+        (root / "images/default" / images[0]["file_name"]).write_text("<html>")
+    elif kind == "no categories":
+        del data["categories"]
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut", "instances_default.json is cut or no JSON"),
+        ("image ids", "two images have the id 40: img 31.jpg is one"),
+        ("category ids", "two categories have the id 3: 'dog' is one"),
+        ("unknown category", "an annotation is of the category 99, which is not listed"),
+        ("one file", "img 30.jpg is 2 times in the export"),
+        ("no images", "img 30.jpg is in none of"),
+        ("size", "img 32.jpg is 70x50, but in the export it is 71x50"),
+        ("rle size", "an RLE has the size [70, 50], but the image is 50 high, 70 wide"),
+        ("rle counts", "img 30.jpg: an RLE is damaged: its counts do not add up"),
+        ("boxes", "no object of cat, dog is in the export; 20 annotations without a polygon or RLE"),
+        ("damaged", "img 30.jpg: cannot identify"),
+        ("no categories", "has no 'categories'"),
+    ],
+)
+def test_a_coco_json_that_is_not_as_it_should_be(kind, message, tmp_path, cli):
+    pytest.importorskip("pycocotools")
+    spoiled_coco(tmp_path / "export", kind)
+    status, _, err = cli("--convert", "export", "--data_root", "set")
+    assert status == 1 and message in err and one_line(err)
+    assert not (tmp_path / "set").exists()
+    if kind in ("size", "damaged", "rle size", "rle counts"):
+        status, out, _ = cli("--convert", "export", "--data_root", "set", "--skip_bad")
+        assert (
+            status == 0
+            and "1 images that cannot be used: left out" in out
+            and len(masks_of(tmp_path / "set")) == 3
+        )
+    if kind == "no images":
+        assert cli("--convert", "export", "--data_root", "set", "--images", "export/elsewhere")[0] == 0
+
+
+def test_what_is_left_out_is_counted(tmp_path, cli):
+    pytest.importorskip("pycocotools")
+    make_cvat_coco(tmp_path / "export")
+    path = tmp_path / "export/annotations/instances_default.json"
+    data = json.loads(path.read_text())
+    items, images = data["annotations"], data["images"]
+    items[0]["segmentation"] = [[1, 1, 5, 5]]
+    items[1]["segmentation"] = [[-20, -20, 30, -20, 30, 30]]
+    items[4]["segmentation"] = [[-20, -20, -30, -20, -30, -30]]
+    items[5]["segmentation"] = [[math.nan, 1, 2, 3, 4, 5], [1e9, 1, 2, 3, 4, 5]]
+    items[6]["segmentation"] = []
+    items[9]["image_id"] = 999
+    data["categories"].append({"id": 9, "name": "cow"})
+    images.append({"id": 77, "file_name": "gone.jpg", "width": 5, "height": 5})
+    path.write_text(json.dumps(data))
+    status, out, err = cli("--convert", "export", "--data_root", "set")
+    assert status == 0, err
+    for line in (
+        "1 polygons of fewer than three points: left out (the first: export/images/default/img 30.jpg)",
+        "2 polygons with points that are no numbers or far away: left out",
+        "1 objects without a pixel in their image",
+        "1 annotations without a polygon or RLE, as boxes are: left out (the first: img 31.jpg)",
+        "1 annotations of images that are not listed: left out (the first: image 999)",
+        "are not there: left out (the first: gone.jpg)",
+    ):
+        assert line in out
+    assert "clipped" in out
+    cow = next(line for line in out.splitlines() if line.startswith("cow"))
+    assert cow.split() == ["cow", "0.00", "%", "0", "nowhere"]
+
+
+def test_exports_that_are_refused(tmp_path, cli):
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "looked for a COCO JSON"), ("nowhere", "nowhere is not there")):
+        status, _, err = cli("--convert", name, "--data_root", "set")
+        assert status == 1 and message in err and one_line(err)
+    make_labelme(tmp_path / "export")
+    for name in ("masks", "list"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        status, _, err = cli("--convert", "export", "--data_root", "set")
+        assert status == 1 and f"set has {name} already: --data_root names a new folder" in err
+        (tmp_path / "set" / name).rmdir()
+    path = tmp_path / "export/photo 3.json"
+    whole = path.read_text()
+    for text, message in (
+        (whole[:300], "photo 3.json is cut or no JSON"),
+        (whole.replace('"dog"', '"frog"'), "photo 3.json: the label 'frog' is not in export/labels.txt"),
+        (whole.replace('"mask": "iVBO', '"mask": "iVBA'), "photo 3.jpg: a shape's mask is no PNG in base64"),
+    ):
+        path.write_text(text)
+        status, _, err = cli("--convert", "export", "--data_root", "set")
+        assert status == 1 and message in err and one_line(err)
+        assert not (tmp_path / "set").exists() or not os.listdir(tmp_path / "set")
+    for flags in (["--classes", "x"], ["--images", "x"], ["--others", "ignore"], ["--train_list", "x"]):
+        assert cli("--check", *flags)[0] == 2
+    assert cli("--convert", "export")[0] == 2
+
+
+def test_masks_without_images(tmp_path, cli):
+    make_cvat_masks(tmp_path / "export")
+    status, _, err = cli("--convert", "export", "--data_root", "set")
+    assert status == 1 and "--images DIR names the folder of their images" in err
+    (tmp_path / "photos/a.jpg").unlink()
+    status, out, _ = cli("--convert", "export", "--data_root", "set", "--images", "photos")
+    assert status == 0 and "1 images are not in photos: left out (the first: a)" in out
+
+
+def test_a_conversion_that_was_cut_begins_anew(tmp_path, monkeypatch):
+    expected, _ = make_export("labelme", tmp_path / "export")
+    export, root = str(tmp_path / "export"), tmp_path / "set"
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    for name in ("write_lists", "move"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(commands.convert, name, kill)
+            convert(export, str(root))
+        assert not root.exists()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+    ):  # as a kill does, which tidies nothing
+        patch.setattr(commands.convert.shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(commands.convert, "MADE", ("masks", "classes.txt", "gone"))
+        patch.setattr(
+            commands.convert.os, "replace", lambda *paths: kill() if "gone" in paths[0] else os.rename(*paths)
+        )
+        convert(export, str(root))
+    assert sorted(os.listdir(root)) == [".converting", "classes.txt", "masks"]
+    convert(export, str(root))
+    assert sorted(os.listdir(root)) == ["classes.txt", "list", "masks"]
+    assert len(masks_of(root)) == len(expected)
+    with pytest.raises(UserError, match="set has masks already"):
+        convert(export, str(root))
+
+
+@pytest.mark.parametrize("kind", ["coco", "cvat_coco", "cvat_masks", "roboflow_masks", "labelme", "yolo"])
+def test_an_export_given_as_a_data_set_is_named(kind, tmp_path, cli):
+    make_export(kind, tmp_path / "export")
+    status, _, err = cli("--check", "--dataset", "custom", "--data_root", "export")
+    assert status == 1 and "export looks like an export, " in err
+    assert "`python main.py --convert export --data_root NEW` makes a data set of it" in err
+
+
+def test_ade20k_is_read_as_it_is(tmp_path):
+    masks = random_masks(tmp_path / "images", ["training/a.jpg", "training/b.jpg", "validation/c.jpg"])
+    for path, mask in masks.items():
+        target = Path(path.replace("/images/", "/annotations/")).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(target)
+    write(tmp_path / "classes.txt", "ignore = 0\nwall\nbuilding\n")
+    write(tmp_path / "labels/objects.txt", "no pictures")
+    dataset = ListSegmentation(str(tmp_path), "train")
+    assert len(dataset) == 2 and len(ListSegmentation(str(tmp_path), "val")) == 1
+    table = np.array([255, 0, 1], np.uint8)
+    for i, (image, _) in enumerate(dataset.pairs):
+        np.testing.assert_array_equal(dataset.read(i)[1].numpy(), table[masks[image]])
+    (tmp_path / "labels/a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="has annotations and labels: rename the one of masks to masks"):
+        ListSegmentation(str(tmp_path), "train")
+
+
+def test_train_list_reads_vocs_own_masks(tmp_path):
+    masks = make_voc(tmp_path / "VOC2012")
+    dataset = VOCSegmentation(str(tmp_path), "train", train_list="trainval")
+    assert [os.path.basename(image) for image, _ in dataset.pairs] == [f"2007_{i}.jpg" for i in range(5)]
+    for i, (image, _) in enumerate(dataset.pairs):
+        np.testing.assert_array_equal(dataset.read(i)[1].numpy(), masks[image])
+    assert len(VOCSegmentation(str(tmp_path), "train", train_list="train")) == 3
+    with pytest.raises(
+        UserError, match="ImageSets/Segmentation/mine.txt.*--train_list names one that is there"
+    ):
+        VOCSegmentation(str(tmp_path), "train", train_list="mine")
+
+
+def test_names_that_classes_txt_could_not_hold(tmp_path):
+    for number, name in enumerate(("2 wheeler", "a=b", "ignore", "lane: 2", "# x", "ok 3")):
+        photo(tmp_path / f"e/{number}.jpg")
+        shape = {"label": name, "points": [[1, 1], [30, 30]], "shape_type": "rectangle"}
+        write(tmp_path / f"e/{number}.json", json.dumps({"shapes": [shape], "imagePath": f"{number}.jpg"}))
+    convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    names = ListSegmentation(str(tmp_path / "set"), "train").classes
+    assert names == [
+        "background",
+        "class # x",
+        "class 2 wheeler",
+        "a-b",
+        "class ignore",
+        "lane 2",
+        "ok 3",
+    ]
+    assert len(masks_of(tmp_path / "set")) == 6
+
+
+def test_converting_imports_no_torch(tmp_path):
+    make_labelme(tmp_path / "export")
+    code = f"""
+import runpy, sys
+sys.argv = ["main.py", "--convert", "export", "--data_root", "set"]
+try:
+    runpy.run_path({str(MAIN)!r}, run_name="__main__")
+except SystemExit as stop:
+    print("status", stop.code, "torch" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.endswith("status 0 False\n"), run.stderr
+
+
+@needs_shared
+@pytest.mark.parametrize("kind", ["coco", "cvat", "roboflow", "labelme"])
+def test_camvid_there_and_back(kind, tmp_path):
+    """Real street scenes in each form: the masks come back as they were, but what is void is background."""
+    source, root = SHARED / "camvid", tmp_path / "export"
+    labels = ListSegmentation(str(source), "val")
+    names, expected, images, annotations = ["background", *labels.classes], {}, [], []
+    palette = np.array([(0, 0, 0), *labels.palette], np.uint8)
+    for i in range(0, 100, 20):
+        path = Path(labels.pairs[i][0])
+        mask = labels.read(i)[1].numpy() + np.uint8(1)  # 255 becomes 0
+        folder = root / ("train" if i < 60 else "valid") if kind == "roboflow" else root / "JPEGImages"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = folder / path.name
+        image.write_bytes(path.read_bytes())
+        expected[str(image)] = mask
+        present = np.unique(mask[mask > 0]).tolist()
+        if kind == "roboflow":
+            Image.fromarray(mask).save(image.with_name(f"{image.stem}_mask.png"))
+            rows = "".join(f"{value}, {name}\n" for value, name in enumerate(names))
+            write(folder / "_classes.csv", f"Pixel Value, Class\n{rows}")
+        elif kind == "cvat":
+            (root / "SegmentationClass").mkdir(exist_ok=True)
+            Image.fromarray(palette[mask]).save(root / f"SegmentationClass/{image.stem}.png")
+        elif kind == "labelme":
+            shapes = []
+            for label in present:
+                data = io.BytesIO()
+                Image.fromarray(mask == label).save(data, "PNG")
+                text = base64.b64encode(data.getvalue()).decode()
+                points = [[0, 0], [mask.shape[1] - 1, mask.shape[0] - 1]]
+                shapes.append({"label": names[label], "shape_type": "mask", "points": points, "mask": text})
+            about = {"shapes": shapes, "imagePath": image.name, "imageWidth": 480, "imageHeight": 360}
+            write(image.with_suffix(".json"), json.dumps(about))
+            write(
+                root / "labels.txt",
+                "".join(f"{name}\n" for name in ["__ignore__", "_background_", *names[1:]]),
+            )
+        else:
+            rle = pytest.importorskip("pycocotools.mask")
+            images.append({"id": i, "file_name": image.name, "width": 480, "height": 360})
+            for label in present:
+                shape = rle.encode(np.asfortranarray(mask == label).astype(np.uint8, order="F"))
+                shape["counts"] = shape["counts"].decode()
+                annotations.append({"id": len(annotations), "image_id": i, "category_id": label})
+                annotations[-1] |= {"segmentation": shape, "iscrowd": 0}
+    if kind == "cvat":
+        lines = [
+            f"{name}:{','.join(map(str, color))}::\n" for name, color in zip(names, palette, strict=True)
+        ]
+        write(root / "labelmap.txt", "".join(lines))
+        write(
+            root / "ImageSets/Segmentation/default.txt", "".join(f"{Path(path).stem}\n" for path in expected)
+        )
+    if kind == "coco":
+        categories = [{"id": i, "name": name} for i, name in enumerate(names) if i]
+        data = {"images": images, "annotations": annotations, "categories": categories}
+        write(root / "JPEGImages/all.json", json.dumps(data))
+        root = root / "JPEGImages"
+    convert(str(root), str(tmp_path / "set"))
+    found = masks_of(tmp_path / "set")
+    assert found.keys() == expected.keys()
+    for path, mask in expected.items():
+        np.testing.assert_array_equal(found[path][1], mask)
+    assert ListSegmentation(str(tmp_path / "set"), "train").classes == names
