@@ -116,7 +116,7 @@ class SegmentationDataset(Dataset):
         several samples share it."""
         uses = Counter(mask for _, mask in self.pairs)
         paths = [mask if mask and uses[mask] == 1 else image for image, mask in self.pairs]
-        return unique_names(paths, taken=("samples", "worst", "confusion"))
+        return unique_names(paths, taken=("samples",))
 
     def save(self, folder: str, index: int, labels: np.ndarray) -> None:
         """Write predicted labels (H, W), as a palette PNG."""

@@ -423,10 +423,10 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
         print(f"without masks there is nothing to compare with: the predictions are in {folder}")
         return
     about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
-    write_results(folder, dataset, result, details, about, args.plots)
+    write_results(folder, dataset, result, details, about)
     print_results(dataset.classes, result)
     print_never_predicted(dataset.classes, result)
-    print(f"predictions, samples.png, worst.png, per_image.csv and metrics.json are in {folder}")
+    print(f"report.html to look at, predictions, per_image.csv and metrics.json are in {folder}")
 
 
 def run_prediction(args: argparse.Namespace, device: torch.device) -> int:

@@ -1,22 +1,24 @@
 """What a data set holds and what is wrong with it: before training, and in full for --check."""
 
 import hashlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from datasets import DATASETS, SegmentationDataset
 from files.images import header_size, open_image
 from files.masks import COLOR_MODES
 from files.pictures import sample_row, sample_sheet, save_image
+from files.report import Card, data_name, files_folder, save_page, save_preview
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
 ROWS_LIMIT = 40  # of the picture
+CARDS_LIMIT = 3000  # of a split, on the page
 MASKS_LIMIT = 200  # that are read before training
 
 
@@ -33,13 +35,18 @@ class Contents(NamedTuple):
 
 
 def scan(
-    dataset: SegmentationDataset, depth: str, title: str, indices: Sequence[int] | None = None
+    dataset: SegmentationDataset,
+    depth: str,
+    title: str,
+    indices: Sequence[int] | None = None,
+    use: Callable[[int, Tensor, Tensor], None] = lambda index, image, mask: None,
 ) -> Iterator[tuple[int, Contents | UserError]]:
     """Look at the files of all samples, or of these; yields each index with what they hold, or the error.
 
     Args:
         depth: "headers" for the sizes alone, "masks" for their pixels alone, "all" to decode everything.
         title: stands beside the progress bar.
+        use: is called with each sample that was decoded, in a thread.
 
     Raises:
         Stopped: if a stop signal has come.
@@ -51,7 +58,8 @@ def scan(
                 return Contents(header_size(*dataset.pairs[index]))
             if depth == "masks":
                 return Contents(pixels=count(dataset.read_mask(index)))
-            mask = dataset.read(index)[1]
+            image, mask = dataset.read(index)
+            use(index, image, mask)
             with open(dataset.pairs[index][0], "rb") as file:
                 digest = hashlib.blake2b(file.read(), digest_size=16).digest()
             return Contents(tuple(mask.shape), count(mask.numpy()), digest)
@@ -151,15 +159,24 @@ def check_ignored(dataset: SegmentationDataset, pixels: np.ndarray) -> None:
 class Split:
     """All that one look at every file of a split tells."""
 
-    def __init__(self, name: str, dataset: SegmentationDataset):
+    def __init__(self, name: str, dataset: SegmentationDataset, folder: str):
+        """Writes previews of its samples to the folder, evenly spaced if they are many."""
         self.name, self.dataset = name, dataset
         self.sizes: list[tuple[int, int]] = []  # height and width of the samples that can be used
         self.hashes: dict[int, bytes] = {}  # of the image files, by index
         self.pixels, self.images = np.zeros(256, np.int64), np.zeros(256, np.int64)  # of each label
         self.best = np.full(256, -1)  # the sample with the largest share of each label
         self.faults: list[str] = []
-        shares = np.zeros(256)
-        for index, found in scan(dataset, "all", f"decoding {name}"):
+        self.cards: list[Card] = []
+        shares, count = np.zeros(256), len(dataset) if dataset.has_masks else 0
+        shown = set(np.linspace(0, count - 1, min(count, CARDS_LIMIT)).astype(int).tolist())
+
+        def use(index: int, image: Tensor, mask: Tensor) -> None:
+            if index in shown:
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                save_preview(f"{folder}/{name}-{index}", picture, [mask.numpy()], dataset.palette)
+
+        for index, found in scan(dataset, "all", f"decoding {name}", use=use):
             if isinstance(found, UserError):
                 self.faults.append(str(found))
                 continue
@@ -170,6 +187,11 @@ class Split:
             share = found.pixels / found.pixels.sum()
             self.best[share > shares] = index
             shares = np.maximum(shares, share)
+            if index in shown:
+                labels = np.flatnonzero(found.pixels)
+                cells = np.stack([labels, labels, found.pixels[labels]], 1).ravel().tolist()
+                stem, size = f"{folder}/{name}-{index}", found.size[::-1]
+                self.cards.append(Card(dataset.names[index], stem, size, cells, split=name))
         try:
             if dataset.has_masks:
                 check_ignored(dataset, self.pixels)
@@ -194,15 +216,19 @@ def check(name: str, root: str, splits: Sequence[str]) -> int:
         the number of faults.
     """
     parts, faults = [], []
+    title = data_name(name, root)
+    page = f"data/check/{title}.html"
     for split in splits:
         try:
-            parts.append(Split(split, DATASETS[name](root, split)))
+            parts.append(Split(split, DATASETS[name](root, split), files_folder(page)))
         except UserError as error:
             faults.append(str(error))
     if parts:
-        title = os.path.basename(os.path.abspath(root)) if name == "custom" else name
         faults += report(parts, f"data/check/{title}.png")
     faults = list(dict.fromkeys(faults))  # once, if several splits have it
+    if masked := [part for part in parts if part.dataset.has_masks]:
+        save_data(page, title, masked, faults, doubles(parts))
+        print(f"all about it, to look at in a browser, is in {page}")
     kinds: dict[str, list[str]] = {}  # what is to be done about it is told once
     for fault in faults:
         kinds.setdefault(fault.partition("; ")[2] or fault, []).append(fault)
@@ -222,14 +248,55 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
         print(class_table(masked))
         draw(masked, path)
         print(f"samples that show the classes are in {path}")
+    for line in doubles(parts):
+        print(line)
+    return [fault for part in parts for fault in part.faults]
+
+
+def doubles(parts: Sequence[Split]) -> list[str]:
+    """A line for each split that has images of the first one."""
     first, *others = parts
-    trained_on = set(first.hashes.values())
+    trained_on, lines = set(first.hashes.values()), []
     for part in others:
         common = [index for index, digest in part.hashes.items() if digest in trained_on]
         if common:
             example = part.dataset.pairs[common[0]][0]
-            print(f"{len(common)} of the {part.name} images are {first.name} images, too: {example} is one")
-    return [fault for part in parts for fault in part.faults]
+            count = f"{len(common)} of the {part.name} images"
+            lines.append(f"{count} are {first.name} images, too: {example} is one")
+    return lines
+
+
+def save_data(
+    path: str, title: str, parts: Sequence[Split], faults: Sequence[str], notes: Sequence[str]
+) -> None:
+    """Write the page of a data set, with its faults and other notes. Raises UserError if it cannot be
+    written."""
+    dataset, columns = parts[0].dataset, []
+    cards, images = [card for part in parts for card in part.cards], sum(len(part.dataset) for part in parts)
+    number = len(dataset.classes)
+    for part in parts:
+        shares = (part.pixels[:number] / max(1, part.pixels.sum())).tolist()
+        hint = f"of all pixels of {part.name}, also of what is ignored"
+        columns.append({"name": f"{part.name} pixels", "values": shares, "hint": hint})
+        counts = part.images[:number].tolist()
+        columns.append({"name": f"{part.name} images", "values": counts, "count": True})
+    pixels = sum(part.pixels for part in parts)
+    ignored = pixels[IGNORE_INDEX] / max(1, pixels.sum())
+    figures = [(f"Images, {part.name}", f"{len(part.dataset):,}") for part in parts]
+    figures += [("Classes", f"{number:,}"), ("Ignored pixels", f"{percent(ignored)} %")]
+    about = [part.describe() for part in parts]
+    about += [f"{len(cards):,} of the {images:,} images are on this page"] if len(cards) < images else []
+    page = {
+        "title": title,
+        "subtitle": "; ".join(about),
+        "figures": [*figures, ("Faults", f"{len(faults):,}")],
+        "about": [],
+        "notes": [*faults, *notes] or ["no fault was found"],
+        "columns": columns,
+        "views": ["image", "mask"],
+        "orders": ["of the list", "by name", "most pixels", "most ignored", "smallest first"],
+    }
+    save_page(path, page, dataset.classes, dataset.palette, cards)
 
 
 def class_table(parts: Sequence[Split]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from datasets import SegmentationDataset, load_batches
 from deeplab import DeepLabv3, Inference
-from files.pictures import plot_confusion, sample_row, sample_sheet, save_image
+from files.pictures import sample_row, sample_sheet, save_image
+from files.report import Card, files_folder, save_evaluation, save_preview
 from files.whole import save_csv, save_json
 from utils import (
     IGNORE_INDEX,
@@ -50,8 +50,10 @@ def confusion_matrices(predictions: Tensor, targets: Tensor, num_classes: int) -
 def metrics(confusion: Tensor) -> dict:
     """Measures of an int64 confusion matrix (truth in rows), all in 0..1.
 
-    `iou` has None for a class that appears neither in the truth nor in the predictions, and `mean_iou` leaves
-    it out; `mean_accuracy` leaves out the classes without truth. A mean of nothing is None.
+    `iou` and `f1`, which is Dice, have None for a class that appears neither in the truth nor in the
+    predictions, and `mean_iou` leaves it out. `recall` has None for a class without truth; `mean_accuracy`,
+    its mean, leaves it out. `precision` has None for a class that was never predicted. A mean of nothing is
+    None.
     """
     confusion = confusion.cpu().double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
@@ -61,9 +63,15 @@ def metrics(confusion: Tensor) -> dict:
         values = values[values.isfinite()]
         return values.mean().item() if len(values) else None
 
+    def listed(values: Tensor) -> list[float | None]:
+        return [None if value != value else value for value in values.tolist()]  # NaN: 0 / 0
+
     return {
         "mean_iou": mean(iou),
-        "iou": [None if value != value else value for value in iou.tolist()],  # NaN: 0 / 0
+        "iou": listed(iou),
+        "precision": listed(hits / predicted),
+        "recall": listed(hits / truth),
+        "f1": listed(2 * hits / (truth + predicted)),
         "pixel_accuracy": mean(hits.sum() / truth.sum()[None]),
         "mean_accuracy": mean(hits / truth),
     }
@@ -102,14 +110,14 @@ class Row(NamedTuple):
 
 class Details:
     """What evaluation keeps of single images: the rows of `samples` images, evenly spaced, and, if it has a
-    `folder` to write to, the result of each image and the rows of the worst. Threads may add to it."""
+    `folder` to write to, the result of each image and its card of the page. Threads may add to it."""
 
     def __init__(self, dataset: SegmentationDataset, samples: int, folder: str | None):
-        self.dataset, self.limit, self.folder, self.lock = dataset, samples, folder, threading.Lock()
+        self.dataset, self.folder = dataset, folder
         self.shown = set(np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist())
         self.samples: dict[int, Row] = {}
         self.results: dict[int, ImageResult] = {}
-        self.worst: list[tuple[float, int, Row]] = []  # mean IoU, index; `samples` of them
+        self.cards: dict[int, Card] = {}
 
     def add_batch(self, batch: tuple[list[int], Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """The confusion matrix, on the CPU, of a padded batch: indices, images uint8 (N, 3, H, W), masks and
@@ -129,40 +137,42 @@ class Details:
         if not self.folder:
             return
         self.dataset.save(self.folder, index, labels)
-        result = image_result(self.dataset.names[index], confusion, self.dataset.classes)
-        self.results[index], iou = result, result.mean_iou
-        worst, limit = self.worst, self.limit
-        if iou is not None and limit and (len(worst) < limit or (iou, index) < worst[-1][:2]):
-            row = self.draw(image, truth, labels, f"{result.name}: mean IoU {percent(iou)}")
-            with self.lock:
-                self.keep_worst([(iou, index, row)])
+        name, classes = self.dataset.names[index], self.dataset.classes
+        self.results[index] = image_result(name, confusion, classes)
+        if self.dataset.has_masks:
+            self.cards[index] = self.card(index, image, truth.cpu().numpy(), labels, confusion)
 
-    def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray, title: str | None = None) -> Row:
+    def card(
+        self, index: int, image: Tensor, truth: np.ndarray, labels: np.ndarray, confusion: Tensor
+    ) -> Card:
+        """The image on the page; writes its previews."""
+        stem = f"{files_folder(f'{self.folder}/report.html')}/{index}"
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        errors = np.where(labels == truth, np.uint8(IGNORE_INDEX), truth)
+        save_preview(stem, picture, [truth, labels, errors], self.dataset.palette)
+        pairs = confusion.nonzero()
+        cells = torch.cat([pairs, confusion[pairs.unbind(1)][:, None]], 1).flatten().tolist()
+        result = self.results[index]
+        mask = f"{self.folder}/{result.name}.png"
+        return Card(result.name, stem, picture.size, cells, result.mean_iou, mask)
+
+    def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray) -> Row:
         picture, truth = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), truth.cpu().numpy()
         seen = {*np.unique(labels).tolist(), *np.unique(truth).tolist()} - {IGNORE_INDEX}
-        return Row(sample_row(picture, truth, labels, self.dataset.palette, title), seen)
-
-    def keep_worst(self, others: list[tuple[float, int, Row]]) -> None:
-        self.worst = sorted([*self.worst, *others], key=lambda item: item[:2])[: self.limit]
+        return Row(sample_row(picture, truth, labels, self.dataset.palette), seen)
 
     def gather(self) -> None:
         """Add what the other processes have kept."""
         parts = [None] * WORLD
-        dist.all_gather_object(parts, (self.samples, self.results, self.worst))
-        for rank, (samples, results, worst) in enumerate(parts):
+        dist.all_gather_object(parts, (self.samples, self.results, self.cards))
+        for samples, results, cards in parts:
             self.samples.update(samples)
             self.results.update(results)
-            self.keep_worst(worst if rank != RANK else [])
+            self.cards.update(cards)
 
     def sample_sheet(self) -> Image.Image:
         """Rows of image, truth and prediction."""
-        return self.sheet([self.samples[index] for index in sorted(self.samples)])
-
-    def worst_sheet(self) -> Image.Image:
-        """The same for the images of lowest mean IoU, with their errors."""
-        return self.sheet([row for _, _, row in self.worst])
-
-    def sheet(self, rows: Sequence[Row]) -> Image.Image:
+        rows = [self.samples[index] for index in sorted(self.samples)]
         labels = sorted(set().union(*(row.labels for row in rows)))
         pictures = [row.picture for row in rows]
         return sample_sheet(pictures, labels, self.dataset.classes, self.dataset.palette)
@@ -231,19 +241,21 @@ def results_folder(checkpoint: str, split: str) -> str:
 
 
 def write_results(
-    folder: str, dataset: SegmentationDataset, result: dict, details: Details, about: dict, plots: bool
+    folder: str, dataset: SegmentationDataset, result: dict, details: Details, about: dict
 ) -> None:
-    """Write the pictures, per_image.csv and metrics.json; `about` is what else metrics.json tells. Raises
-    UserError if a file cannot be written."""
+    """Write samples.png, per_image.csv, report.html and metrics.json. `about` is what else the last two tell.
+    Raises UserError if a file cannot be written."""
     save_image(f"{folder}/samples.png", details.sample_sheet())
-    save_image(f"{folder}/worst.png", details.worst_sheet())
-    if plots:
-        plot_confusion(f"{folder}/confusion.png", result["confusion"], dataset.classes)
     images = [details.results[index] for index in sorted(details.results)]
     rows = ([f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in images)
     save_csv(f"{folder}/per_image.csv", [ImageResult._fields, *rows])
-    iou = dict(zip(dataset.classes, result["iou"], strict=True))
-    save_json(f"{folder}/metrics.json", {**result, "iou": iou, **about})
+    cards = [details.cards[index] for index in sorted(details.cards)]
+    save_evaluation(f"{folder}/report.html", dataset.classes, dataset.palette, result, cards, about)
+    by_class = {
+        name: dict(zip(dataset.classes, result[name], strict=True))
+        for name in ("iou", "precision", "recall", "f1")
+    }
+    save_json(f"{folder}/metrics.json", {**result, **by_class, **about})
 
 
 def print_never_predicted(classes: Sequence[str], result: dict) -> None:

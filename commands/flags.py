@@ -148,7 +148,7 @@ def make_parser() -> Parser:
         metavar="N",
     )
     add("--log_every", type=positive, default=10, help="iterations between rows of the log")
-    add("--plots", action=yes, help="draw the log, or the confusion matrix (needs matplotlib)")
+    add("--plots", action=yes, help="draw the log as curves (needs matplotlib)")
     add("--tensorboard", action=yes, help="write the log and samples for TensorBoard")
 
     add = parser.add_argument_group("evaluation and prediction").add_argument
@@ -254,8 +254,8 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--export writes one pass of the network: leave out --scales and --flip")
     if args.export and (args.device or args.amp or args.compile):
         parser.error("--export writes for any machine, in float32: leave out --device, --amp and --compile")
-    if args.plots and not (args.train or evaluates):
-        parser.error("--plots draws a training run or the confusion matrix of an evaluation: leave it out")
+    if args.plots and not args.train:
+        parser.error("--plots draws a training run: leave it out (an evaluation writes report.html)")
     if args.train and args.split:
         parser.error("--split is for evaluation: training reads train, and validates on val")
     if args.train and args.checkpoint:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from files.whole import write_whole
-from utils import IGNORE_INDEX, UserError
+from utils import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,28 +61,16 @@ def add_legend(
     return canvas
 
 
-def sample_row(
-    image: Image.Image, truth: np.ndarray, labels: np.ndarray, palette: Palette, title: str | None = None
-) -> Image.Image:
-    """The image, its truth and its prediction side by side, each to fill 320 x 320; with a `title` above them
-    a fourth shows the errors, in the colour of the truth, and whatever is right faintly."""
+def sample_row(image: Image.Image, truth: np.ndarray, labels: np.ndarray, palette: Palette) -> Image.Image:
+    """The image, its truth and its prediction side by side, each to fill 320 x 320."""
     scale = 320 / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size)
     masks = (Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in (truth, labels))
     truth, labels = map(np.asarray, masks)
-    tiles, top = [image, colorize(truth, palette), overlay(image, labels, palette)], 0
-    if title is not None:
-        # Pale, not dark: on black the errors in a black background could not be seen.
-        faint = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", size, "white"), 0.7)
-        wrong = (truth != labels) & (truth != IGNORE_INDEX)
-        faint.paste(colorize(truth, palette), mask=Image.fromarray(wrong))
-        tiles, top = [*tiles, faint], 20
-    row = Image.new("RGB", (len(tiles) * 324, top + size[1] + 4), "white")
-    for i, tile in enumerate(tiles):
-        row.paste(tile, (324 * i, top))
-    if title:
-        ImageDraw.Draw(row).text((4, 1), title, fill="black", font=ImageFont.load_default(14))
+    row = Image.new("RGB", (3 * 324, size[1] + 4), "white")
+    for i, tile in enumerate([image, colorize(truth, palette), overlay(image, labels, palette)]):
+        row.paste(tile, (324 * i, 0))
     return row
 
 
@@ -112,9 +100,6 @@ def save_mask(path: str, mask: np.ndarray, palette: Palette) -> None:
     save_image(path, image)
 
 
-FEW_CLASSES = 30  # so many, and the numbers stand in the cells
-
-
 def make_figure(width: float, height: float) -> "Figure":
     """A figure of so many inches, without a window. Raises UserError if matplotlib is not installed."""
     try:
@@ -126,31 +111,6 @@ def make_figure(width: float, height: float) -> "Figure":
 
 def save_figure(path: str, figure: "Figure") -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png"))
-
-
-def plot_confusion(path: str, confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Write a confusion matrix, truth in rows, as a PNG: of each class' pixels the share that each was
-    predicted as. The row of a class without pixels is grey. Raises UserError if the file cannot be written.
-    """
-    counts = np.array(confusion, float)
-    totals = counts.sum(1, keepdims=True)
-    shares = np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
-    few = len(classes) <= FEW_CLASSES
-    cell, font = (0.42, 9) if few else (0.14, 7)
-    side = max(4.0, cell * len(classes) + 2.5)  # inches, of which the names take some
-    figure = make_figure(side + 0.5, side)
-    axes = figure.add_subplot(facecolor="lightgrey")
-    image = axes.imshow(shares, "Blues", vmin=0, vmax=1)
-    ticks, style = range(len(classes)), {"fontsize": font, "parse_math": False}
-    axes.set_xticks(ticks, classes, rotation=90, **style)
-    axes.set_yticks(ticks, classes, **style)
-    axes.set(xlabel="predicted as", ylabel="truth")
-    figure.colorbar(image, shrink=0.6, label="share of the class's pixels")
-    for row, column in zip(*np.nonzero(shares >= 0.005), strict=True) if few else ():
-        share = shares[row, column]
-        color = "white" if share > 0.5 else "black"
-        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    save_figure(path, figure)
 
 
 def plot_run(path: str, rows: Sequence[dict]) -> None:

@@ -92,6 +92,18 @@ def find_checkpoint(backbone: str | None, dataset: str, exp: str, epoch: int | N
     return found[0]
 
 
+def log_beside(checkpoint: str) -> str | None:
+    """The log of the run that wrote a checkpoint, if it lies beside it."""
+    log = re.sub(r"_epoch\d+(_iter\d+)?\.pth$", ".csv", checkpoint)
+    return log if log != checkpoint and os.path.isfile(log) else None
+
+
+def checkpoint_place(path: str) -> tuple[int, int]:
+    """The epochs and the iteration in the name of a checkpoint, see `Run.checkpoint`."""
+    match = re.search(r"_epoch(\d+)(?:_iter(\d+))?\.pth$", path)
+    return int(match[1]), int(match[2] or 0)
+
+
 class RunLog:
     """The rows of data/NAME.csv, and with `tensorboard` the same for TensorBoard in data/runs/NAME.
 
@@ -146,8 +158,7 @@ class RunLog:
                 lost = [row for row in lost if place(row) > self.training.flags["epochs"]]
         else:
             beyond += filter(os.path.exists, [f"data/{run.name}.png", f"data/runs/{run.name}"])
-            stem = resumed and re.fullmatch(r"(.*)_epoch\d+(_iter\d+)?\.pth", resumed.path)
-            if stem and os.path.isfile(log := f"{stem[1]}.csv"):  # another run's, beside its checkpoint
+            if log := resumed and log_beside(resumed.path):  # another run's
                 with open(log, "rb") as file:
                     own = read_rows(file.read(), log, resumed.per_epoch)
         if beyond or lost:
@@ -208,8 +219,19 @@ def to_text(rows: list[dict], header: bool = True, columns: list[str] = COLUMNS)
 
 
 def read_rows(data: bytes, path: str, per_epoch: int | None = None) -> list[dict]:
-    """The rows of a log in their order. A file that something else has written, a spreadsheet say, is kept
-    beside it as .bak, and the rows that can be read as CSV are taken.
+    """The rows of a log, see `parse_rows`. A file that something else has written, a spreadsheet say, is kept
+    beside it as .bak."""
+    rows, edited = parse_rows(data, per_epoch)
+    if edited:
+        copy = free_name(f"{path}.bak")
+        write_whole(copy, lambda file: file.write(data))
+        print(f"{path} was edited: its {len(rows)} rows are taken over, and {copy} is a copy of it")
+    return rows
+
+
+def parse_rows(data: bytes, per_epoch: int | None = None) -> tuple[list[dict], bool]:
+    """The rows of a log in their order, those that can be read as CSV, and whether something else than this
+    code has written it.
 
     `per_epoch` is for the logs of earlier versions, which do not tell it.
     """
@@ -231,8 +253,4 @@ def read_rows(data: bytes, path: str, per_epoch: int | None = None) -> list[dict
         pass  # what follows is no CSV
     rows.sort(key=place)
     written = to_text(rows, columns=[name for name in reader.fieldnames or () if name in COLUMNS])
-    if data and whole != written:
-        copy = free_name(f"{path}.bak")
-        write_whole(copy, lambda file: file.write(data))
-        print(f"{path} was edited: its {len(rows)} rows are taken over, and {copy} is a copy of it")
-    return rows
+    return rows, bool(data) and whole != written
