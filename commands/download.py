@@ -12,7 +12,7 @@ from http.client import IncompleteRead
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from files.lists import make_voc_lists
@@ -91,7 +91,8 @@ def download(file: Download, url: str) -> None:
     except (Stopped, UserError):
         raise
     except Exception as error:  # the libraries raise all kinds for a bad address or a damaged archive
-        raise UserError(f"cannot {step} ({str(error) or type(error).__name__}): {hint}") from error
+        reason = error.reason if type(error) is URLError else error
+        raise UserError(f"cannot {step} ({str(reason) or type(error).__name__}): {hint}") from error
 
 
 def fetch(file: Download, url: str, path: str) -> None:
