@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets import Cityscapes as CityscapesClasses
 
 from files.exports import recognize
-from files.images import check_sizes, open_image, read_image, upright
+from files.images import AS_STORED, Header, Reading, check_sizes, open_image, read_image, to_array, upright
 from files.lists import Pairs, find_samples, holds_samples, read_list, unique_names
 from files.masks import VOC_CLASSES, Labels, describe_pixels, read_classes
 from files.pictures import Palette, save_image, save_mask, voc_palette
@@ -52,7 +52,9 @@ class SegmentationDataset(Dataset):
     ):
         self.pairs, self.labels, self.crop_size = pairs, labels, crop_size
         self.seed, self.eval_size = seed, eval_size
+        self.reading = AS_STORED  # how the images become RGB
         self.sizes = np.zeros((0, 2), np.int32)  # height and width of each image, see `check.drop_bad`
+        self.headers: list[Header] = []  # of the images, likewise
 
     @property
     def classes(self) -> Sequence[str]:
@@ -77,11 +79,12 @@ class SegmentationDataset(Dataset):
             image, mask = random_crop(image, mask, self.crop_size, rng)
         return image, mask
 
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """The whole sample. Raises UserError if a file cannot be read, the sizes differ, or a pixel of the
-        mask is no class."""
+    def read(self, index: int, reading: Reading | None = None) -> tuple[Tensor, Tensor]:
+        """The whole sample, its image read in another way than the others' if `reading` says so. Raises
+        UserError if a file cannot be read, the sizes differ, or a pixel of the mask is no class."""
         image_path, mask_path = self.pairs[index]
-        image = torch.from_numpy(np.array(read_image(image_path))).permute(2, 0, 1)
+        image = to_array(read_image(image_path, reading or self.reading))
+        image = torch.from_numpy(image).permute(2, 0, 1)
         if len(self.sizes) and tuple(self.sizes[index]) != image.shape[1:]:
             reason = "it has changed, or EXIF behind its pixels turns it"
             hint = "--skip_bad reads whole files first"
@@ -96,7 +99,8 @@ class SegmentationDataset(Dataset):
         """The labels, uint8 (H, W), of a sample. Raises UserError if the file cannot be read, or a pixel of
         it is no class."""
         path = self.pairs[index][1]
-        return self.labels_of(path).read(upright(open_image(path)), path)
+        picture = open_image(path, max_pixels=self.reading.max_pixels)
+        return self.labels_of(path).read(upright(picture), path)
 
     def labels_of(self, mask_path: str) -> Labels:
         return self.labels

@@ -24,7 +24,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
-from files.images import enlarge, read_image, shrink, to_rgb
+from files.images import AS_STORED, enlarge, read_image, shrink, to_array, to_rgb
 from utils import IGNORE_INDEX, UserError
 
 # The backbones: the arguments of torchvision's ResNet, or none for the network of that name.
@@ -56,8 +56,10 @@ class Inference(NamedTuple):
         scales: average the softmax scores over these sizes of the image, relative to its own.
         flip: average them over the mirrored image, too.
         amp: number format of the convs, as for `autocast`.
-        batch_size: images in one forward pass.
+        batch_size: images, or tiles, in one forward pass.
         max_side: a photo with a longer side is predicted at this size; bounds the memory.
+        tile: a larger image is segmented in windows of this side at its full size, see `commands.tiles`.
+        overlap: the share of its side, up to 1/2, by which a window overlaps the next.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -65,6 +67,13 @@ class Inference(NamedTuple):
     amp: str | None = None
     batch_size: int = 4
     max_side: int = 2049
+    tile: int | None = None
+    overlap: float = 0.25
+
+    @property
+    def images(self) -> int:
+        """The number of images in a batch, which with tiles is of windows of one of them."""
+        return 1 if self.tile else self.batch_size
 
 
 ONE_PASS = Inference()
@@ -345,6 +354,7 @@ class DeepLabv3(nn.Module):
         check_options(self.config)
         self.classes: Sequence[str] | None = None  # names and colours, where they are known
         self.palette: Sequence[Sequence[int]] | None = None
+        self.reading = AS_STORED  # how its images become RGB
         self.bn_frozen = False
         norm = partial(nn.BatchNorm2d, momentum=TRUNK_MOMENTUM)
         head_norm = partial(nn.BatchNorm2d, momentum=HEAD_MOMENTUM)
@@ -456,23 +466,25 @@ class DeepLabv3(nn.Module):
             uint8 labels (H, W), of the turned image's size; a list of them for a list.
 
         Raises:
-            UserError: if a file cannot be read.
+            UserError: if a file cannot be read, or not as the model's images were (see `Reading`).
             TypeError: for anything else, such as a tensor or an array of floats.
         """
         if isinstance(image, list | tuple):
             return [self.predict(one, scales, flip, max_side, probabilities) for one in image]
         if isinstance(image, str | os.PathLike):
-            image = read_image(os.fspath(image))
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
-            image = Image.fromarray(image)
-        if not isinstance(image, Image.Image):
+            image = read_image(os.fspath(image), self.reading)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
+            image = Image.fromarray(image).convert("RGB")  # of the bands that the model takes
+        elif isinstance(image, Image.Image):
+            image = to_rgb(image, self.reading)
+        else:
             taken = "a PIL image, a path, or a uint8 array (H, W, 3) of RGB or (H, W) of grey"
             given = (
                 f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
             )
             raise TypeError(f"predict takes {taken}, not {given}")
-        image, training = to_rgb(image), self.training
-        pixels = torch.from_numpy(np.array(shrink(image, max_side))).permute(2, 0, 1)[None]
+        training = self.training
+        pixels = torch.from_numpy(to_array(shrink(image, max_side))).permute(2, 0, 1)[None]
         pixels = pixels.to(self.pixel_mean.device)
         scores = self.eval().segment(pixels, Inference(scales, flip), softmax=probabilities)
         self.train(training)
@@ -596,6 +608,7 @@ def from_checkpoint(checkpoint: dict, path: str, **options) -> DeepLabv3:
         raise UserError(f"{path} does not say what model it holds") from error
     checkpoints.load_weights(model, checkpoint, path)
     model.classes, model.palette = checkpoints.classes(checkpoint, path)
+    model.reading = checkpoints.reading(checkpoint, path)
     return model
 
 

@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -P` leaves it out
 from commands.download import download_all
-from commands.flags import convert_options, inference_options, model_options, parse_args
+from commands.flags import convert_options, inference_options, model_options, parse_args, reading_options
 from utils import prepare_threads, run_command
 
 if __name__ == "__main__":
@@ -58,6 +58,7 @@ from datasets import SegmentationDataset, TrainBatches
 from deeplab import CrossEntropy, DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.checkpoints import Training
+from files.images import AS_STORED, Reading
 from files.runs import Run, RunLog, find_checkpoint
 from files.whole import write_whole
 from utils import LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
@@ -98,12 +99,13 @@ def number_format(args: argparse.Namespace, device: torch.device) -> str:
     return args.amp or ("bf16" if has_bf16 and args.train else "none")
 
 
-def open_dataset(args: argparse.Namespace, split: str) -> SegmentationDataset:
+def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> SegmentationDataset:
     """A split of the data set, in random crops if it is to be trained on. Raises UserError if a sample of it
     cannot be used, unless --skip_bad leaves it out."""
     crop_size = args.crop_size if args.train and split == "train" else None
     options = {"train_list": args.train_list} if args.train_list else {}
     dataset = datasets.DATASETS[args.dataset](args.data_root, split, crop_size, args.seed, **options)
+    dataset.reading = reading
     prepare(dataset, split, args.skip_bad)
     return dataset
 
@@ -122,6 +124,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         options = {"num_classes": len(labels.classes), **options}
         model = deeplab.from_checkpoint(checkpoint, path, **options)
         model.classes, model.palette = labels.classes, labels.palette
+    model.reading = model.reading._replace(**reading_options(args))
     return model.place(device).eval(), path
 
 
@@ -235,7 +238,7 @@ def start(
             print(f"--exp {run.exp} has no checkpoint to resume from: a new run begins")
     options = {**options, "num_classes": len(data.classes)}
     model = deeplab.build(pretrained=not (args.scratch or resume or initial), **options)
-    model.classes, model.palette = data.classes, data.palette
+    model.classes, model.palette, model.reading = data.classes, data.palette, data.reading
     if initial:
         checkpoints.init_weights(model, initial, args.init)
     model.fit_bn_momentum(batches.max_iter)
@@ -309,7 +312,7 @@ def validate(
             dist.broadcast(buffer, 0)
     samples = args.samples if args.tensorboard else 0
     inference = Inference(**inference_options(args))
-    torch.backends.cudnn.benchmark = len(dataset.eval_shapes(inference.batch_size)) <= FEW_SHAPES
+    torch.backends.cudnn.benchmark = len(dataset.eval_shapes(inference.images)) <= FEW_SHAPES
     try:
         result, details = evaluate(model.fuse(), dataset, device, inference, args.workers, samples)
     except Stopped:
@@ -324,9 +327,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """The command with --train: from the first or the resumed iteration to the last checkpoint."""
     torch.manual_seed(args.seed)
     options, initial = model_options(args), args.init and checkpoints.read(args.init)
+    reading = AS_STORED
     if initial:
         options = {**checkpoints.model_config(initial, args.init), **options}
-    train_set, val_set = open_dataset(args, "train"), open_dataset(args, "val")
+        reading = checkpoints.reading(initial, args.init)
+    reading = reading._replace(**reading_options(args))
+    train_set, val_set = open_dataset(args, "train", reading), open_dataset(args, "val", reading)
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"
     print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
@@ -398,12 +404,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     """The command without --train: load the checkpoint, evaluate, print and write the results."""
     model, path = open_model(args, device)
-    dataset, inference = open_dataset(args, args.split), Inference(**inference_options(args))
+    dataset = open_dataset(args, args.split, model.reading)
+    inference = Inference(**inference_options(args))
     if len(model.classes) != len(dataset.classes):
         counts = f"{len(model.classes)} classes, but --dataset {args.dataset} has {len(dataset.classes)}"
         raise UserError(f"{path} was trained with {counts}: name its own by --dataset and --data_root")
     checkpoints.compare_classes(model.classes, path, dataset.classes)
-    shapes = len(dataset.eval_shapes(inference.batch_size)) * len(inference.scales)
+    shapes = len(dataset.eval_shapes(inference.images)) * len(inference.scales)
     torch.backends.cudnn.benchmark = shapes <= FEW_SHAPES
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
@@ -449,6 +456,7 @@ def run_export(args: argparse.Namespace) -> None:
         print(f"{args.export} is written: weights and classes, for --checkpoint, --init and deeplab.load")
         return
     about = {"classes": list(model.classes), "palette": [list(color) for color in model.palette]}
+    about |= {"value_range": model.reading.value_range, "bands": model.reading.bands}
     export(model.fuse(), args.export, {**about, "model": model.config, "checkpoint": path})
     print(f"{args.export} is written: image uint8 (N, 3, H, W) in, labels uint8 (N, H, W) and logits out")
 
@@ -462,7 +470,8 @@ def run(args: argparse.Namespace) -> int:
         convert(**convert_options(args))
         return 0
     if args.check:
-        return int(check(args.dataset, args.data_root, list(dict.fromkeys(("train", "val", args.split)))) > 0)
+        splits, reading = list(dict.fromkeys(("train", "val", args.split))), Reading(**reading_options(args))
+        return int(check(args.dataset, args.data_root, splits, reading) > 0)
     if args.export:
         run_export(args)
         return 0
@@ -486,7 +495,8 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
         if args.train:
             given = f"--batch_size {args.batch_size}, --crop_size {args.crop_size} and --accum {args.accum}"
             return f"out of memory with {given}: raise --accum, or lower the others"
-        return f"out of memory: lower {'--max_side' if args.predict else '--eval_batch_size'} or --scales"
+        side = "--tile" if args.tile else "--max_side" if args.predict else ""
+        return f"out of memory: lower {f'{side}, ' if side else ''}--eval_batch_size or --scales"
     # gloo has no error of its own: it names the place in its source.
     if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         hint = "see there; --resume auto continues from the last checkpoint"

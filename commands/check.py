@@ -11,7 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import DATASETS, SegmentationDataset
-from files.images import header_size, open_image
+from files.images import (
+    AS_STORED,
+    DARK,
+    Header,
+    Reading,
+    lacks_end,
+    open_image,
+    read_header,
+    sample_header,
+    value_range,
+)
 from files.masks import COLOR_MODES
 from files.pictures import sample_row, sample_sheet, save_image
 from files.report import Card, data_name, files_folder, save_page, save_preview
@@ -26,12 +36,25 @@ class Contents(NamedTuple):
     """What the files of a sample hold.
 
     `size` is the height and width of the image, `pixels` the number of pixels of each label, int64 (256,),
-    `digest` a hash of the image file. What `scan` did not read is None.
+    `digest` a hash of the image file, `header` what its header tells. `values` are the lowest and the highest
+    of an image that is not of 8 bits, and has no range to be read by. `cut`: it is a JPEG that lacks its end,
+    but no pixel. What `scan` did not read is None.
     """
 
     size: tuple[int, int] | None = None
     pixels: np.ndarray | None = None
     digest: bytes | None = None
+    header: Header | None = None
+    values: tuple[float, float] | None = None
+    cut: bool = False
+
+
+class Values(NamedTuple):
+    """What images of one number format hold: their number, the lowest and the highest value."""
+
+    images: int
+    low: float
+    high: float
 
 
 def scan(
@@ -44,7 +67,8 @@ def scan(
     """Look at the files of all samples, or of these; yields each index with what they hold, or the error.
 
     Args:
-        depth: "headers" for the sizes alone, "masks" for their pixels alone, "all" to decode everything.
+        depth: "headers" for these alone, "masks" for their pixels alone, "values" for the range of the images
+            alone, "all" to decode everything.
         title: stands beside the progress bar.
         use: is called with each sample that was decoded, in a thread.
 
@@ -54,15 +78,26 @@ def scan(
 
     def read(index: int) -> Contents | UserError:
         try:
-            if depth == "headers":
-                return Contents(header_size(*dataset.pairs[index]))
             if depth == "masks":
                 return Contents(pixels=count(dataset.read_mask(index)))
-            image, mask = dataset.read(index)
+            if depth == "headers":
+                header = sample_header(*dataset.pairs[index], dataset.reading)
+                return Contents(header.size[::-1], header=header)
+            path, reading, values = dataset.pairs[index][0], dataset.reading, None
+            header = read_header(path, reading)
+            if header.kind != "uint8" and not reading.value_range:
+                values = value_range(path, header, reading)
+                if header.kind != "uint16":  # so that all else can be told, too
+                    reading = reading._replace(value_range=(values[0], max(values[1], values[0] + 1)))
+            if depth == "values":
+                return Contents(header=header, values=values)
+            image, mask = dataset.read(index, reading)
             use(index, image, mask)
-            with open(dataset.pairs[index][0], "rb") as file:
-                digest = hashlib.blake2b(file.read(), digest_size=16).digest()
-            return Contents(tuple(mask.shape), count(mask.numpy()), digest)
+            with open(path, "rb") as file:
+                data = file.read()
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            pixels = count(mask.numpy())
+            return Contents(tuple(mask.shape), pixels, digest, header, values, lacks_end(data))
         except UserError as error:
             return error
 
@@ -75,18 +110,20 @@ def scan(
 
 
 def drop_bad(dataset: SegmentationDataset, decode: bool = False) -> list[str]:
-    """Leave out the samples that cannot be used, and return what is wrong with each. Sets `dataset.sizes`.
+    """Leave out the samples that cannot be used, and return what is wrong with each. Sets `dataset.sizes` and
+    `dataset.headers`.
 
     Reads the headers of the files, their formats and sizes; with `decode` every pixel. Raises Stopped if a
     stop signal has come."""
-    sizes, faults = np.zeros((len(dataset), 2), np.int32), {}
+    sizes, headers, faults = np.zeros((len(dataset), 2), np.int32), {}, {}
     for index, found in scan(dataset, "all" if decode else "headers", "reading images"):
         if isinstance(found, UserError):
             faults[index] = str(found)
         else:
-            sizes[index] = found.size
+            sizes[index], headers[index] = found.size, found.header
     kept = [index for index in range(len(dataset)) if index not in faults]
     dataset.pairs, dataset.sizes = [dataset.pairs[index] for index in kept], sizes[kept]
+    dataset.headers = [headers[index] for index in kept]
     return list(faults.values())
 
 
@@ -101,6 +138,57 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
         print(f"left out {len(faults)} of the {split} samples, the first because of: {faults[0]}")
     if dataset.has_masks and (unseen := unseen_classes(dataset)):
         print(f"of these classes the {split} masks that were looked at have no pixel: {', '.join(unseen)}")
+    if several := sum(header.frames > 1 for header in dataset.headers):
+        print(f"{several} of the {split} images have several frames or pages: the first is used")
+    if not dataset.reading.value_range and (fault := range_fault(read_values(dataset, split == "train"))):
+        raise UserError(fault)
+
+
+def read_values(dataset: SegmentationDataset, bright: bool) -> dict[str, Values]:
+    """What the images of each number format hold that need --value_range, see `range_fault`; those of 16 bits
+    are looked at if they have to be `bright`, until one is. Raises UserError if an image cannot be read;
+    Stopped if a stop signal has come."""
+    kinds = [header.kind for header in dataset.headers]
+    others = [index for index, kind in enumerate(kinds) if kind not in ("uint8", "uint16")]
+    deep = [index for index, kind in enumerate(kinds) if kind == "uint16" and bright]
+    values: dict[str, Values] = {}
+    for indices in (others, deep):
+        for _, found in scan(dataset, "values", "reading values", indices):
+            if isinstance(found, UserError):
+                raise found
+            add_values(values, found.header.kind, Values(1, *found.values))
+            if indices is deep and found.values[1] >= DARK:
+                break
+    return values
+
+
+def add_values(values: dict[str, Values], kind: str, more: Values) -> None:
+    """Add what other images of a number format hold."""
+    if kind in values:
+        images, low, high = values[kind]
+        more = Values(images + more.images, min(low, more.low), max(high, more.high))
+    values[kind] = more
+
+
+def needed_range(values: dict[str, Values]) -> tuple[float, float] | None:
+    """The range to read images with these values by, if they need one: those of 16 bits do if all are below
+    `DARK`, and all other formats but 8 bits."""
+    needed = {kind: found for kind, found in values.items() if kind != "uint16" or found.high < DARK}
+    if not needed:
+        return None
+    low, high = min(found.low for found in needed.values()), max(found.high for found in needed.values())
+    if "uint16" in needed:  # from 0 to all ones, in as many bits as are used
+        low, high = min(low, 0), max(high, (1 << int(needed["uint16"].high).bit_length()) - 1)
+    return low, high if low < high else low + 1
+
+
+def range_fault(values: dict[str, Values]) -> str | None:
+    """What is wrong with reading images with these values without --value_range, or None."""
+    if not (value_range := needed_range(values)):
+        return None
+    shown = (f"{v.images} images of {kind} hold {v.low:.6g} to {v.high:.6g}" for kind, v in values.items())
+    hint = "--value_range {:.6g} {:.6g} makes these black and white".format(*value_range)
+    return f"{' and '.join(shown)}, which as 8 bits would be lost: {hint}"
 
 
 def count_labels(dataset: SegmentationDataset, indices: Sequence[int], title: str) -> np.ndarray:
@@ -168,6 +256,8 @@ class Split:
         self.best = np.full(256, -1)  # the sample with the largest share of each label
         self.faults: list[str] = []
         self.cards: list[Card] = []
+        self.values: dict[str, Values] = {}  # of images of more than 8 bits, without a range for them
+        self.cut = self.frames = 0  # images that lack their end, or have several frames
         shares, count = np.zeros(256), len(dataset) if dataset.has_masks else 0
         shown = set(np.linspace(0, count - 1, min(count, CARDS_LIMIT)).astype(int).tolist())
 
@@ -182,6 +272,9 @@ class Split:
                 continue
             self.sizes.append(found.size)
             self.hashes[index] = found.digest
+            self.cut, self.frames = self.cut + found.cut, self.frames + (found.header.frames > 1)
+            if found.values:
+                add_values(self.values, found.header.kind, Values(1, *found.values))
             self.pixels += found.pixels
             self.images += found.pixels > 0
             share = found.pixels / found.pixels.sum()
@@ -206,10 +299,16 @@ class Split:
             ordered = sorted(self.sizes, key=np.prod)
             sizes = (f"{w}x{h}" for h, w in (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
             line += ", sizes from {} by {} (median) to {}".format(*sizes)
+        for kind, values in self.values.items():
+            line += f"\n{self.name}: {values.images} images of {kind}, {values.low:.6g} to {values.high:.6g}"
+        if self.cut:
+            line += f"\n{self.name}: {self.cut} JPEGs lack their end, but no pixel: they are used"
+        if self.frames:
+            line += f"\n{self.name}: {self.frames} images have several frames or pages: the first is used"
         return line
 
 
-def check(name: str, root: str, splits: Sequence[str]) -> int:
+def check(name: str, root: str, splits: Sequence[str], reading: Reading = AS_STORED) -> int:
     """Print what these splits of one of `DATASETS` hold, and what is wrong with them.
 
     Returns:
@@ -220,7 +319,9 @@ def check(name: str, root: str, splits: Sequence[str]) -> int:
     page = f"data/check/{title}.html"
     for split in splits:
         try:
-            parts.append(Split(split, DATASETS[name](root, split), files_folder(page)))
+            dataset = DATASETS[name](root, split)
+            dataset.reading = reading
+            parts.append(Split(split, dataset, files_folder(page)))
         except UserError as error:
             faults.append(str(error))
     if parts:
@@ -241,8 +342,14 @@ def check(name: str, root: str, splits: Sequence[str]) -> int:
 
 def report(parts: Sequence[Split], path: str) -> list[str]:
     """Print what the splits hold, draw samples that show every class to `path`, and return the faults."""
+    values: dict[str, Values] = {}
     for part in parts:
         print(part.describe())
+        for kind, found in part.values.items():
+            add_values(values, kind, found)
+    if found := needed_range(values):
+        for part in parts:  # so that there is something to see
+            part.dataset.reading = part.dataset.reading._replace(value_range=found)
     masked = [part for part in parts if part.dataset.has_masks]
     if masked:
         print(class_table(masked))
@@ -250,7 +357,8 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
         print(f"samples that show the classes are in {path}")
     for line in doubles(parts):
         print(line)
-    return [fault for part in parts for fault in part.faults]
+    fault = range_fault(values)
+    return [*([fault] if fault else []), *(fault for part in parts for fault in part.faults)]
 
 
 def doubles(parts: Sequence[Split]) -> list[str]:

@@ -35,7 +35,7 @@ from files.exports import (
     read_voc,
     recognize,
 )
-from files.images import SIDEWAYS, stored_size
+from files.images import SIDEWAYS, open_image, stored_size
 from files.lists import every_fifth, unique_names
 from files.masks import IGNORE, MAX_CLASSES, VOC_CLASSES, read_classes
 from files.pictures import Palette, voc_palette
@@ -243,7 +243,7 @@ def make_mask(draw, target: Target, folder: str, minimum: int, job: tuple[Sample
     (sample, name), notes = job, Notes()
     path = f"{folder}/{name}.png"
     try:
-        stored, turn = stored_size(sample.image)
+        stored, turn = stored_size(open_image(sample.image, load=False))
         upright = stored[::-1] if turn in SIDEWAYS else stored
         check_size(sample, sample.size or upright, stored, upright)
         mask = draw(sample.content, target.labels, sample.size or upright, notes)

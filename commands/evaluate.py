@@ -12,6 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from commands.tiles import is_larger, segment_tiles
 from datasets import SegmentationDataset, load_batches
 from deeplab import DeepLabv3, Inference
 from files.pictures import sample_row, sample_sheet, save_image
@@ -204,7 +205,7 @@ def evaluate(
         UserError: if a sample cannot be used, or a prediction cannot be written.
         Stopped: if a stop signal has come.
     """
-    batches = dataset.eval_batches(inference.batch_size)[RANK::WORLD]
+    batches = dataset.eval_batches(inference.images)[RANK::WORLD]
     details = Details(dataset, samples, folder)
     confusion = torch.zeros((len(dataset.classes),) * 2, dtype=torch.int64)
 
@@ -212,8 +213,7 @@ def evaluate(
         loaded = load_batches(dataset, batches, workers, device)
         for indices, (images, masks, sizes) in zip(batches, loaded, strict=True):
             end_if_stopped()  # `progress` asks only once the first batches are counted
-            labels = model.scores(model.normalize(images, sizes), inference).argmax(1).byte()
-            yield indices, images, masks, sizes, labels
+            yield indices, images, masks, sizes, predict_labels(model, images, sizes, inference)
 
     with ThreadPoolExecutor() as pool:
         counted = ahead(pool, details.add_batch, predicted(), 2)
@@ -223,6 +223,16 @@ def evaluate(
         dist.all_reduce(confusion)
         details.gather()
     return {**metrics(confusion), "confusion": confusion.tolist()}, details
+
+
+def predict_labels(model: DeepLabv3, images: Tensor, sizes: Tensor, inference: Inference) -> Tensor:
+    """The labels, uint8 (N, H, W), of a padded batch: uint8 images (N, 3, H, W) of the sizes (N, 2)."""
+    if not inference.tile or not is_larger(sizes.flatten().tolist(), inference):
+        return model.scores(model.normalize(images, sizes), inference).argmax(1).byte()
+    labels = torch.zeros_like(images[:, 0])
+    for i, (h, w) in enumerate(sizes.tolist()):
+        labels[i, :h, :w] = segment_tiles(model, images[i, :, :h, :w], inference)[0].to(labels.device)
+    return labels
 
 
 def results_folder(checkpoint: str, split: str) -> str:

@@ -103,6 +103,21 @@ def make_parser() -> Parser:
     add("--images", metavar="DIR", help="where the images are, if the export of --convert has none")
     add("--crop_size", type=positive, default=513, help="height and width of the training crops")
     add("--workers", type=int, help="processes that load images; 0: load in the main one (4, or one a core)")
+    add(
+        "--value_range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white in images that are not of 8 bits",
+    )
+    add(
+        "--bands",
+        type=positive,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="bands of TIFFs, from 1, to take for red, green and blue",
+    )
+    add("--max_pixels", type=positive, default=10**9, help="refuse images of more pixels")
     add("--skip_bad", action=yes, help="decode all files first, and leave out damaged samples")
 
     add = parser.add_argument_group("model").add_argument
@@ -152,7 +167,15 @@ def make_parser() -> Parser:
     add("--tensorboard", action=yes, help="write the log and samples for TensorBoard")
 
     add = parser.add_argument_group("evaluation and prediction").add_argument
-    add("--eval_batch_size", type=positive, default=4, help="images in one forward pass")
+    add("--eval_batch_size", type=positive, default=4, help="images, or tiles, in one forward pass")
+    add("--tile", type=positive, metavar="SIZE", help="segment larger images in tiles of this side")
+    add(
+        "--overlap",
+        type=float,
+        metavar="SHARE",
+        default=0.25,
+        help="share of its side that a tile overlaps the next by",
+    )
     add("--scales", type=float, nargs="+", default=[1.0], help="average the scores over these image sizes")
     add("--flip", action=yes, help="average the scores over the mirrored image")
     add("--samples", type=int, default=8, help="rows of samples.png: image, truth, prediction")
@@ -220,7 +243,16 @@ def inference_options(args: argparse.Namespace) -> dict:
         "amp": args.amp,
         "batch_size": args.eval_batch_size,
         "max_side": args.max_side,
+        "tile": args.tile,
+        "overlap": args.overlap,
     }
+
+
+def reading_options(args: argparse.Namespace) -> dict:
+    """The fields of `files.images.Reading` that the flags give; a checkpoint tells the others."""
+    given = {"value_range": args.value_range, "bands": args.bands}
+    options = {key: tuple(value) for key, value in given.items() if value is not None}
+    return {**options, "max_pixels": args.max_pixels}
 
 
 def check_args(parser: Parser, args: argparse.Namespace) -> None:
@@ -274,6 +306,10 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--base_lr and --last_mult are numbers from 0")
     if not all(0.1 <= scale <= 4 for scale in args.scales):
         parser.error("--scales are between 0.1 and 4")
+    if not 0 <= args.overlap <= 0.5:
+        parser.error("--overlap is between 0 and 0.5")
+    if args.value_range and not -math.inf < args.value_range[0] < args.value_range[1] < math.inf:
+        parser.error("--value_range takes two numbers, the lower one first")
     if args.resume and args.init:
         parser.error("--resume continues a run and --init begins one: leave one of them out")
     if not args.train and (args.resume or args.init):

@@ -1,8 +1,10 @@
 """Prediction: people's own images, without a truth to compare with."""
 
 import glob
+import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
@@ -13,33 +15,56 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from commands.tiles import is_larger, segment_tiles
 from datasets import batches_of_one_size
 from deeplab import DeepLabv3, Inference
-from files.images import enlarge, read_image, shrink, upright_size
-from files.lists import is_image_name, unique_names
+from files.images import (
+    DARK,
+    Header,
+    Reading,
+    decode,
+    enlarge,
+    read_header,
+    read_image,
+    reduce,
+    shrink,
+    to_array,
+)
+from files.lists import describe_left_out, is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
 from files.whole import free_name, read_csv, save_csv
 from utils import UserError, ahead, end_if_stopped, progress
+
+PIXELS_AHEAD = 2**26  # that are read before their turn, or wait to be written
+# An overlay with more pixels, or with a longer side, which JPEG cannot have, is reduced.
+OVERLAY_PIXELS, OVERLAY_SIDE = 2**26, 65_000
 
 
 def image_files(paths: Sequence[str], out: str) -> list[str]:
     """The files of these paths, each once, however it is spelled; the results go to the folder `out`.
 
     A folder stands for the images in it, a pattern such as `photos/**/*.jpg` for what it matches, and `-` for
-    the paths on standard input, one a line. Raises UserError if there are none, or a folder or a pattern
-    leads to `out`."""
+    the paths on standard input, one a line. Prints what a folder has besides images. Raises UserError if
+    there are none, or a folder or a pattern leads to `out`."""
     files = {}
     for path in (path for word in paths for path in (read_paths() if word == "-" else [word])):
-        found = [path]
+        found, left_out = [path], ""
         if os.path.isdir(path):
-            found = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_image_name(name)]
+            names = sorted(os.listdir(path))
+            found = [os.path.join(path, name) for name in names if is_image_name(name)]
+            left_out = describe_left_out(
+                name for name in names if not os.path.isdir(os.path.join(path, name))
+            )
         elif glob.has_magic(path) and not os.path.exists(path):
             found = sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
         folders = {os.path.realpath(os.path.dirname(name)) for name in found if name != path}
         if os.path.realpath(out) in folders:
             raise UserError(f"{path} is --out, too, and would be predicted with its masks: name another")
         if not found:
-            raise UserError(f"no images in {path}: --predict takes image files, folders and patterns of them")
+            hint = left_out or "--predict takes image files, folders and patterns of them"
+            raise UserError(f"no images in {path}: {hint}")
+        if left_out:
+            print(f"{path}: {left_out}")
         files.update({os.path.realpath(name): name for name in found if os.path.realpath(name) not in files})
     if not files:
         raise UserError("no paths of images came on standard input")
@@ -54,28 +79,34 @@ def read_paths() -> list[str]:
 
 
 class Photo(NamedTuple):
-    """An image to predict: its (width, height), and uint8 (3, H, W) of the size to predict it at."""
+    """An image to predict: its (width, height), uint8 (3, H, W) of the size to predict it at, its header, and
+    whether it has values of 16 bits that are nearly black as they are read."""
 
     size: tuple[int, int]
     pixels: Tensor
+    header: Header
+    dark: bool
 
 
-def read_photo(path: str, max_side: int) -> Photo | UserError:
+def read_photo(path: str, inference: Inference, reading: Reading) -> Photo | UserError:
     """The image in a file, or what is wrong with it."""
     try:
-        image = read_image(path)
-        small = shrink(image, max_side)
+        header = read_header(path, reading)
+        image = decode(path, header, reading)
+        size = image.size
+        pixels = to_array(image if inference.tile else shrink(image, inference.max_side))
     except UserError as error:
         return error
     except MemoryError:
         return UserError(f"{path} does not fit into memory")
-    return Photo(image.size, torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    dark = header.kind == "uint16" and reading.value_range is None and pixels.max() < DARK >> 8
+    return Photo(size, torch.from_numpy(pixels).permute(2, 0, 1), header, bool(dark))
 
 
-def read_size(path: str) -> tuple[int, int] | None:
+def read_size(path: str, reading: Reading) -> tuple[int, int] | None:
     """Width and height of the image in a file; None if it cannot be read, as its turn will tell."""
     try:
-        return upright_size(path)
+        return read_header(path, reading).size
     except UserError:
         return None
 
@@ -91,26 +122,35 @@ def predict_files(
     header, earlier = ["file", "mask", *model.classes], earlier_rows(out)
     others = [mask for file, mask, *_ in earlier[1:] if file not in files]  # which stay
     names = unique_names(files, {mask.removesuffix("_mask.png").lower() for mask in others})
-    max_side = inference.max_side
+    reading, notes = model.reading, Counter()
     workers = os.cpu_count() or 1  # each holds a whole photo, the rest only what is predicted
     with ThreadPoolExecutor(workers) as pool:
-        sizes = list(progress(ahead(pool, read_size, files), "reading sizes", len(files)))
-    batches = batches_of_one_size(sizes, inference.batch_size)
+        found = ahead(pool, lambda path: read_size(path, reading), files)
+        sizes = list(progress(found, "reading sizes", len(files)))
+    batches, limit = batches_of_one_size(sizes, inference.images), inference.batch_size
+    if inference.tile:  # nothing is shrunk
+        limit = min(limit, PIXELS_AHEAD // max(math.prod(size or (1, 1)) for size in sizes))
 
     def predicted() -> Iterator[tuple]:
         order = chain.from_iterable(batches)
-        photos = ahead(pool, lambda i: read_photo(files[i], max_side), order, inference.batch_size)
+        photos = ahead(pool, lambda i: read_photo(files[i], inference, reading), order, limit)
         for batch in batches:
             end_if_stopped()
-            found = [(index, next(photos)) for index in batch]
-            yield from ((i, error) for i, error in found if isinstance(error, UserError))
-            # Of one size, unless a file has changed meanwhile.
-            read = [(i, photo) for i, photo in found if isinstance(photo, Photo)]
-            for _, group in groupby(read, lambda item: item[1].pixels.shape):
-                group = list(group)
-                results = predict_batch(model, [photo.pixels for _, photo in group], inference, confidence)
-                for (index, photo), result in zip(group, results, strict=True):
-                    yield index, photo, *result
+            # In a function of its own, which holds the photos no longer than they are needed.
+            yield from predicted_of([(index, next(photos)) for index in batch])
+
+    def predicted_of(found: list[tuple[int, Photo | UserError]]) -> Iterator[tuple]:
+        yield from ((i, error) for i, error in found if isinstance(error, UserError))
+        # Of one size, unless a file has changed meanwhile.
+        read = [(i, photo) for i, photo in found if isinstance(photo, Photo)]
+        for _, group in groupby(read, lambda item: item[1].pixels.shape):
+            group = list(group)
+            results = predict_batch(model, [photo.pixels for _, photo in group], inference, confidence)
+            for (index, photo), result in zip(group, results, strict=True):
+                notes["shrunk"] += photo.pixels.shape[:0:-1] != photo.size
+                notes["dark"] += photo.dark
+                notes["frames"] += photo.header.frames > 1
+                yield index, photo, *result
 
     def write(task: tuple) -> tuple[int, np.ndarray | UserError]:
         index, found, *result = task
@@ -123,7 +163,7 @@ def predict_files(
 
     rows = {}
     with ThreadPoolExecutor(workers) as pool:
-        written = ahead(pool, write, predicted(), inference.batch_size)
+        written = ahead(pool, write, predicted(), limit)
         for index, result in progress(written, "predicting", len(files)):
             if isinstance(result, UserError):
                 print(f"main.py: error: {result}", file=sys.stderr)
@@ -134,9 +174,21 @@ def predict_files(
                     *(f"{share:.6f}" for share in result),
                 ]
     save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
-    if shrunk := sum(size is not None and max(size) > max_side for size in sizes):
-        print(f"{shrunk} images are longer than --max_side {max_side}: predicted at that size, then enlarged")
+    print_notes(notes, inference)
     return len(files) - len(rows)
+
+
+def print_notes(notes: Counter, inference: Inference) -> None:
+    """Print what the user would not expect of some images: that they were `shrunk`, were `dark`, or have
+    several `frames`."""
+    if notes["shrunk"]:
+        longer = f"{notes['shrunk']} images are longer than --max_side {inference.max_side}"
+        print(f"{longer}: predicted at that size, then enlarged; --tile 1025 segments them at their own")
+    if notes["frames"]:
+        print(f"{notes['frames']} images have several frames or pages: the first was predicted")
+    if notes["dark"]:
+        hint = "if they have 12 bits in 16, say, --value_range 0 4095 brightens them"
+        print(f"{notes['dark']} images of 16 bits were nearly black for the network: {hint}")
 
 
 def earlier_rows(out: str) -> list[list[str]]:
@@ -164,11 +216,16 @@ def predict_batch(
     model: DeepLabv3, pixels: list[Tensor], inference: Inference, confidence: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """For each image uint8 (3, H, W), all of one size, the labels uint8 (H, W) and, with `confidence`, their
-    probabilities float32 (H, W)."""
+    probabilities, uint8 (H, W) where 255 is 1."""
+    if is_larger(pixels[0].shape[1:], inference):
+        for image in pixels:
+            labels, best = segment_tiles(model, image, inference)
+            yield labels.numpy(), best.numpy() if confidence else None
+        return
     images = torch.stack(pixels).to(model.pixel_mean.device)
     best, labels = model.segment(images, inference, softmax=confidence).max(1)
-    best = best.cpu().numpy() if confidence else [None] * len(pixels)
-    return zip(labels.byte().cpu().numpy(), best, strict=True)
+    best = (255 * best).round().byte().cpu().numpy() if confidence else [None] * len(pixels)
+    yield from zip(labels.byte().cpu().numpy(), best, strict=True)
 
 
 def write_result(
@@ -177,16 +234,20 @@ def write_result(
     """Write files that begin with `path`: a palette mask, an overlay with a legend, and, if `best` tells it,
     a grey picture of the winning class's probability, where 255 is 1.
 
-    `labels` uint8 and `best` float32 are (H, W) of the size that was predicted. Returns the share of each
-    class. Raises UserError if a file cannot be written."""
+    `labels` and `best` are uint8 (H, W) of the size that was predicted. The overlay of a very large photo is
+    a smaller picture. Returns the share of each class. Raises UserError if a file cannot be written."""
     shrunk = labels.shape != photo.size[::-1]
     labels = enlarge(labels, photo.size)
     save_mask(f"{path}_mask.png", labels, model.palette)
+    # Row by row, for it counts in integers of 64 bits.
+    counts = np.sum([np.bincount(row, minlength=len(model.classes)) for row in labels], 0)
     # A photo that was shrunk is decoded once more, so as not to hold many of them.
-    image = read_image(file) if shrunk else Image.fromarray(photo.pixels.permute(1, 2, 0).numpy())
-    picture = overlay(image, labels, model.palette)
-    save_image(f"{path}_overlay.jpg", add_legend(picture, np.unique(labels), model.classes, model.palette))
+    pixels = to_array(read_image(file, model.reading)) if shrunk else photo.pixels.permute(1, 2, 0).numpy()
+    factor = math.ceil(max((labels.size / OVERLAY_PIXELS) ** 0.5, max(labels.shape) / OVERLAY_SIDE))
+    picture = overlay(reduce(pixels, factor), labels[::factor, ::factor], model.palette)
+    legend = np.flatnonzero(counts)
+    save_image(f"{path}_overlay.jpg", add_legend(picture, legend, model.classes, model.palette))
     if best is not None:
-        grey = Image.fromarray((255 * best).round().astype(np.uint8))
+        grey = Image.fromarray(best)
         save_image(f"{path}_confidence.png", grey.resize(photo.size, Image.Resampling.BILINEAR))
-    return np.bincount(labels.ravel(), minlength=len(model.classes)) / labels.size
+    return counts / labels.size

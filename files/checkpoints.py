@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model_weights
 
+from files.images import AS_STORED, Reading
 from files.masks import VOC_CLASSES
 from files.pictures import Palette, voc_palette
 from files.whole import write_whole
@@ -300,6 +301,30 @@ def classes(checkpoint: dict, path: str) -> tuple[Sequence[str] | None, Palette 
         raise UserError(f"{path} does not name its classes and their colours") from error
 
 
+def reading(checkpoint: dict, path: str) -> Reading:
+    """How the images were read that a checkpoint was trained on; one that does not tell, as published ones,
+    on images as they are stored. Raises UserError if what it tells has no meaning."""
+    try:
+        saved = checkpoint.get("reading", {})
+        (low, high), bands = saved.get("value_range") or (0, 1), saved.get("bands")
+        if not low < high or (bands and (len(bands) != 3 or min(bands) < 1)):
+            raise ValueError
+        return AS_STORED._replace(
+            value_range=(float(low), float(high)) if saved.get("value_range") else None,
+            bands=tuple(map(int, bands)) if bands else None,
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say how its images were read") from error
+
+
+def compare_reading(saved: Reading, path: str, now: Reading) -> None:
+    """Raises UserError if a run goes on with images that are read in another way."""
+    for key in ("value_range", "bands"):
+        before, given = ((" ".join(f"{v:g}" for v in getattr(r, key) or ()) or "none") for r in (saved, now))
+        if before != given:
+            raise UserError(f"{path} was trained with another --{key} (checkpoint: {before}, here: {given})")
+
+
 def compare_classes(names: Sequence[str], path: str, classes: Sequence[str]) -> None:
     """Warn if a checkpoint's classes have other names than those of the data set. Raises UserError if only
     their order differs, so that each would be taken for another."""
@@ -333,6 +358,8 @@ def model_entries(model: nn.Module) -> dict:
         "model": model.config,
         "classes": list(model.classes),
         "palette": [list(color) for color in model.palette],
+        # Not max_pixels: that is for who reads images to say, not for a file from elsewhere.
+        "reading": {"value_range": model.reading.value_range, "bands": model.reading.bands},
     }
 
 
@@ -391,6 +418,7 @@ class Training:
         checkpoint = read(path)
         load_weights(self.model, checkpoint, path)
         compare_classes(checkpoint.get("classes", self.model.classes), path, self.model.classes)
+        compare_reading(reading(checkpoint, path), path, self.model.reading)
         try:
             self.load_momentum(checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint.get("scaler"):

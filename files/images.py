@@ -1,16 +1,28 @@
-"""Images from a file's bytes to upright RGB, and their sizes by the headers alone."""
+"""Images from a file's bytes to upright RGB of 8 bits, and what their headers tell by themselves."""
 
 import struct
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
+from files import tiffs
 from utils import UserError
+
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
 
 # Pillow refuses a PNG for its metadata, which nobody looks at, from 1 MB on.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has a limit of its own
+MAX_PIXELS = 10**9
 # What shows a stored image upright, by its EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,44 +34,159 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
+# Formats that Pillow opens without a decoder of its own, or that are no pictures.
+NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+PILLOWS_KINDS = ("uint8", "uint16", "int16", "int32", "uint32", "float32")  # that it reads if grey
+NOT_FRAMES = ("MPO", "PSD")  # whose further images are previews, other exposures, layers
+# Tags of TIFF.
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, SUBFILE, FORMAT = 258, 262, 274, 277, 254, 339
+WIDTH, LENGTH = 256, 257
+BANDED = (0, 1, 2)  # photometric interpretations: grey and RGB; others are palettes, CMYK and the like
+NUMBERS = {1: "uint", 2: "int", 3: "float"}  # sample formats
+DARK = 1 << 13  # 16 bits with all values below that, 1/8 of the range, were fewer bits once
+JPEG_START, JPEG_PIXELS, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # markers
 
 
-def open_image(path: str, load: bool = True) -> Image.Image:
-    """The image in a file as it is stored, decoded if `load`. Raises UserError if it cannot be read."""
+Convert = Callable[[np.ndarray], np.ndarray]  # of samples to uint8
+
+
+class Reading(NamedTuple):
+    """How the pixels in image files become RGB of 8 bits.
+
+    Args:
+        value_range: (low, high), the values that become 0 and 255 in images that are not of 8 bits; what lies
+            beyond is clipped. None: 16 bits by their high byte, and no others.
+        bands: the bands, numbered from 1, that are taken for red, green and blue; None is the only ones.
+        max_pixels: an image with more is refused.
+    """
+
+    value_range: tuple[float, float] | None = None
+    bands: tuple[int, int, int] | None = None
+    max_pixels: int = MAX_PIXELS
+
+
+AS_STORED = Reading()
+
+
+class Header(NamedTuple):
+    """What an image file tells before it is decoded.
+
+    `size` is the upright width and height, `kind` numpy's name of the samples' number format, `bands` the
+    number of samples in a pixel, see `samples`, `frames` the number of images in the file. `deep`: tifffile
+    reads it, as Pillow shows less than there is, and `turn` is what makes its pixels upright.
+    """
+
+    size: tuple[int, int]
+    kind: str = "uint8"
+    bands: int = 3
+    frames: int = 1
+    deep: bool = False
+    turn: Image.Transpose | None = None
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """The endings, in lower case, of the files that `open_image` can open."""
+    endings = Image.registered_extensions().items()
+    return frozenset(end for end, name in endings if name in Image.OPEN and name not in NO_PHOTOS)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# headers
+
+
+def read_header(path: str, reading: Reading = AS_STORED) -> Header:
+    """What an image's header tells. Raises UserError if it cannot be read, the image is too large, or its
+    bands are not those of `reading`."""
     try:
-        image = Image.open(path)
-        if load:
-            image.load()
-        return image
-    except MemoryError:
-        raise
-    except Exception as error:  # what a decoder raises depends on the format and on where the damage lies
-        reason = getattr(error, "strerror", None) or str(error).replace(repr(path), "it")
-        raise UserError(f"cannot read {path}: {reason or type(error).__name__}") from error
+        image = open_image(path, load=False, max_pixels=reading.max_pixels)
+    except UserError:
+        if not tiffs.is_tiff(path):
+            raise
+        header = read_tiff_header(path, reading.max_pixels)
+    else:
+        kind, bands = samples(image)
+        deep = bands not in (1, 3) or kind not in PILLOWS_KINDS
+        deep |= image.format == "TIFF" and bands == 3 and kind != "uint8"
+        if kind == "uint16" and bands == 3 and not reading.value_range:
+            deep = False  # the high bytes are what Pillow keeps
+        turn = TURNS.get(image.tag_v2.get(ORIENTATION)) if deep else None
+        header = Header(upright_size(image), kind, bands, count_frames(image), deep, turn)
+    check_bands(path, header.bands, reading)
+    return header
 
 
-def read_image(path: str) -> Image.Image:
-    """The image in a file as 8-bit RGB, see `to_rgb`. Raises UserError if it cannot be read."""
-    return to_rgb(open_image(path))
+def read_tiff_header(path: str, max_pixels: int) -> Header:
+    """The header of a TIFF that Pillow cannot open. Raises UserError as `read_header`."""
+    with tiffs.first_page(path) as page:
+        size, kind, bands = (page.imagewidth, page.imagelength), page.dtype.name, page.samplesperpixel
+        turn = TURNS.get(int(page.tags.valueof(ORIENTATION, 1)))
+        frames = sum(not (other.is_reduced or other.is_mask) for other in page.parent.pages)
+        check_pixels(path, size, max_pixels)
+    return Header(size[::-1] if turn in SIDEWAYS else size, kind, bands, frames, True, turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB, upright, transparency on white."""
-    image = upright(image)
-    if image.mode.startswith("I"):  # 16 bits of grey, whatever Pillow's version calls them
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 256).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def check_pixels(path: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Raises UserError for an image of more pixels than that: a few bytes can claim to be one."""
+    if size[0] * size[1] > max_pixels:
+        found = f"Image of {size[0]}x{size[1]} pixels"
+        raise UserError(f"cannot read {path}: {found}, more than --max_pixels {max_pixels} allows")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """An image, turned as its EXIF orientation says."""
-    # Not ImageOps.exif_transpose: that writes the EXIF anew, and fails if another tag of it is damaged.
-    image.load()  # which turns a TIFF
-    turn = turn_of(image.getexif)
-    return image if turn is None else image.transpose(turn)
+def samples(image: Image.Image) -> tuple[str, int]:
+    """numpy's name of the number format in which an opened image's file has its samples, and the number of
+    its bands. Transparency is a band in TIFFs alone, where nothing tells it from infrared."""
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) in BANDED:
+        tags = image.tag_v2
+        bits, number = max(tags.get(BITS, (1,))), NUMBERS.get(tags.get(FORMAT, (1,))[0], "uint")
+        return f"{number}{max(8, 1 << (bits - 1).bit_length())}", tags.get(SAMPLES, 1)
+    if image.mode == "F":
+        return "float32", 1
+    if image.mode.startswith("I"):
+        # Of files with 16 bits some versions of Pillow make 32.
+        return "uint16" if image.mode != "I" or image.format in ("PNG", "PPM") else "int32", 1
+    deep = image.format == "PNG" and image.tile and ";16" in image.tile[0][3]
+    return "uint16" if deep else "uint8", 3
+
+
+def check_bands(path: str, bands: int, reading: Reading) -> None:
+    """Raises UserError if nothing tells which bands of an image to take, or it lacks one of them."""
+    if reading.bands and max(reading.bands) > max(bands, 3 if bands == 1 else 1):  # grey is R, G and B
+        wanted = " ".join(map(str, reading.bands))
+        raise UserError(f"{path} has {bands} bands, and --bands {wanted} asks for more")
+    if not reading.bands and bands not in (1, 3):
+        example = "1 2 3, or 4 1 2 with infrared" if bands > 3 else "1 1 1"
+        raise UserError(f"{path} has {bands} bands: say which are red, green and blue by --bands {example}")
+
+
+def count_frames(image: Image.Image) -> int:
+    """The number of images in a file, smaller copies of the first not counted."""
+    if image.format in NOT_FRAMES:
+        return 1
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format == "TIFF":
+            image.seek(1)
+            frames = 1 if image.tag_v2.get(SUBFILE, 0) & 5 else frames  # a smaller copy, a mask
+    except Exception:  # the others may be damaged, or of a kind that Pillow does not know: the first is not
+        return 2
+    return frames
+
+
+def stored_size(image: Image.Image) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """Width and height of an opened image as it is stored, and the turn that shows it upright, by its header
+    alone."""
+    size = image.size
+    if image.format == "TIFF":  # some versions of Pillow have turned it already
+        size = image.tag_v2[WIDTH], image.tag_v2[LENGTH]
+    # Not image.getexif(): for a PNG that decodes the file, as the tag may stand behind the pixels.
+    return size, turn_of(partial(Image.Image.getexif, image))
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image, turned as its EXIF orientation says, by its header alone."""
+    size, turn = stored_size(image)
+    return size[::-1] if turn in SIDEWAYS else size
 
 
 def turn_of(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
@@ -70,31 +197,14 @@ def turn_of(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:
         return None
 
 
-def stored_size(path: str) -> tuple[tuple[int, int], Image.Transpose | None]:
-    """Width and height of an image as it is stored, and the turn that shows it upright, by its header alone.
-    Raises UserError if it cannot be read."""
-    image = open_image(path, load=False)
-    size = image.size
-    if image.format == "TIFF":  # some versions of Pillow have turned it already
-        size = tuple(image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-    # Not image.getexif(): for a PNG that decodes the file, as the tag may stand behind the pixels.
-    return size, turn_of(partial(Image.Image.getexif, image))
-
-
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of an image, turned as its EXIF orientation says, by its header alone. Raises
-    UserError if it cannot be read."""
-    size, turn = stored_size(path)
-    return size[::-1] if turn in SIDEWAYS else size
-
-
-def header_size(image_path: str, mask_path: str | None) -> tuple[int, int]:
-    """Height and width of an image, by its header, which its mask must have, too. Raises UserError if one of
-    them cannot be read, or their sizes differ."""
-    size = upright_size(image_path)
+def sample_header(image_path: str, mask_path: str | None, reading: Reading = AS_STORED) -> Header:
+    """The header of an image, whose size its mask must have, too. Raises UserError if one of them cannot be
+    read, as `read_header`, or their sizes differ."""
+    header = read_header(image_path, reading)
     if mask_path:
-        check_sizes(image_path, size, mask_path, upright_size(mask_path))
-    return size[::-1]
+        mask = open_image(mask_path, load=False, max_pixels=reading.max_pixels)
+        check_sizes(image_path, header.size, mask_path, upright_size(mask))
+    return header
 
 
 def check_sizes(image: str, image_size: tuple[int, int], mask: str, mask_size: tuple[int, int]) -> None:
@@ -104,10 +214,217 @@ def check_sizes(image: str, image_size: tuple[int, int], mask: str, mask_size: t
         raise UserError(f"{mask} is {sizes[0]}, but its image {image} is {sizes[1]}")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# pixels
+
+
+def open_image(path: str, load: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in a file as it is stored, decoded if `load`; of several frames the first.
+
+    A JPEG that lacks its end is opened if none of its pixels is missing. Raises UserError if the file cannot
+    be read, or has more pixels than `max_pixels`."""
+    try:
+        image = Image.open(path)
+        check_pixels(path, image.size, max_pixels)
+        if load:
+            image = load_pixels(image, path)
+        return image
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # what a decoder raises depends on the format and on where the damage lies
+        reason = getattr(error, "strerror", None) or str(error).replace(repr(path), "it")
+        raise UserError(f"cannot read {path}: {reason or type(error).__name__}") from error
+
+
+def load_pixels(image: Image.Image, path: str) -> Image.Image:
+    """An opened image, decoded."""
+    try:
+        image.load()
+        return image
+    except OSError:
+        with open(path, "rb") as file:
+            mended = mend_jpeg(file.read())
+        if mended is None:
+            raise
+        return mended
+
+
+def mend_jpeg(data: bytes) -> Image.Image | None:
+    """The image of a JPEG that lacks its end; None if pixels are missing, too, or it is none."""
+    if not lacks_end(data):
+        return None
+    data = data.removesuffix(JPEG_END[:1])
+    # If pixels are missing, the decoder takes what follows for them: then these two differ.
+    first, second = (Image.open(BytesIO(data + 512 * filler + JPEG_END)) for filler in (b"\0", b"\xa5"))
+    try:
+        return first if first.tobytes() == second.tobytes() else None
+    except OSError:
+        return None
+
+
+def lacks_end(data: bytes) -> bool:
+    """Whether these are the bytes of a JPEG that ends within its pixels, or right behind them."""
+    # A preview in its EXIF has an end, but stands before the pixels.
+    return data.startswith(JPEG_START) and data.rfind(JPEG_END) < data.rfind(JPEG_PIXELS)
+
+
+def read_image(path: str, reading: Reading = AS_STORED) -> Image.Image:
+    """The image in a file as upright RGB of 8 bits, transparency on white, of several frames the first.
+    Raises UserError if it cannot be read, or not as `reading` says."""
+    return decode(path, read_header(path, reading), reading)
+
+
+def decode(path: str, header: Header, reading: Reading) -> Image.Image:
+    """The same, given the file's header."""
+    if header.kind not in ("uint8", "uint16") and reading.value_range is None:
+        found = "{} has {} values from {:.6g} to {:.6g}".format(
+            path, header.kind, *value_range(path, header, reading)
+        )
+        raise UserError(f"{found}: --value_range LOW HIGH says which are black and white")
+    return decode_by(partial(to_bytes, value_range=reading.value_range), path, header, reading)
+
+
+def decode_by(convert: Convert, path: str, header: Header, reading: Reading) -> Image.Image:
+    """The same, where `convert` makes uint8 of samples that have more bits."""
+    if header.deep:
+        bands = reading.bands or (1, 2, 3)
+        numbers = [0 if header.bands == 1 else band - 1 for band in bands]
+        image = Image.fromarray(tiffs.read_bands(path, numbers, convert))
+        return image if header.turn is None else image.transpose(header.turn)
+    image = open_image(path, max_pixels=reading.max_pixels)
+    if header.kind == "uint16" and image.mode in ("RGB", "RGBA") and reading.value_range:
+        image = convert_deep_png(image, path, convert)
+    return flatten(image, header.kind, convert, reading.bands)
+
+
+def to_rgb(image: Image.Image, reading: Reading = AS_STORED) -> Image.Image:
+    """A PIL image of any mode as upright RGB of 8 bits, transparency on white. Raises UserError if its
+    numbers or bands are not those of `reading`, or Pillow shows less than its file has."""
+    name, (kind, bands) = getattr(image, "filename", "") or "the image", samples(image)
+    check_bands(name, bands, reading)
+    if bands not in (1, 3) or (bands == 3 and kind != "uint8" and reading.value_range):
+        raise UserError(f"{name} has {bands} bands of {kind}, of which Pillow shows less: give its path")
+    if kind not in ("uint8", "uint16") and reading.value_range is None:
+        found = "{} has {} values from {:.6g} to {:.6g}".format(name, kind, *image.getextrema())
+        raise UserError(f"{found}: a model that is trained with --value_range takes such")
+    return flatten(image, kind, partial(to_bytes, value_range=reading.value_range), reading.bands)
+
+
+def flatten(
+    image: Image.Image, kind: str, convert: Convert, bands: tuple[int, int, int] | None
+) -> Image.Image:
+    """An image of any mode as `to_rgb`; its samples are of this `kind`."""
+    image = upright(image)
+    if image.mode.startswith(("I", "F")):  # grey, of which Pillow makes no RGB
+        grey = [convert(as_kind(np.asarray(strip), kind)) for _, strip in strips(image)]
+        return Image.fromarray(np.concatenate(grey)).convert("RGB")
+    if image.has_transparency_data:
+        image, stored = Image.new("RGB", image.size), image
+        for y, strip in strips(stored):
+            white = Image.new("RGBA", strip.size, "white")
+            image.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, y))
+    image = image.convert("RGB")
+    if bands in (None, (1, 2, 3)):
+        return image
+    return Image.merge("RGB", [image.getchannel(band - 1) for band in bands])
+
+
+def as_kind(values: np.ndarray, kind: str) -> np.ndarray:
+    """The samples of a grey image; Pillow has all integers of 32 bits, and some of 16, as int32."""
+    if kind == "uint32":
+        return values.view(np.uint32)
+    return values.astype(np.uint16) if kind == "uint16" else values
+
+
+def convert_deep_png(image: Image.Image, path: str, convert: Convert) -> Image.Image:
+    """A PNG of 16 bits in colour, of which Pillow keeps the high bytes alone, converted at full depth. Raises
+    UserError for grey with transparency."""
+    low = open_image(path, load=False, max_pixels=image.width * image.height)
+    codec, box, offset, layout = low.tile[0]
+    if layout not in ("RGB;16B", "RGBA;16B"):
+        raise UserError(f"{path}: --value_range cannot be used on 16 bits of grey with transparency")
+    # As if its numbers were little-endian: what Pillow then takes for the high bytes are the low ones.
+    low.tile = [(codec, box, offset, layout[:-1] + "L")]
+    low.load()
+    converted = Image.new(image.mode, image.size)
+    for (y, high), (_, rest) in zip(strips(image), strips(low), strict=True):
+        pixels = np.array(high)
+        pixels[..., :3] = convert(pixels[..., :3].astype(np.uint16) << 8 | np.asarray(rest)[..., :3])
+        converted.paste(Image.fromarray(pixels), (0, y))
+    return converted
+
+
+def to_bytes(values: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+    """Samples of any number format as uint8: `value_range` becomes 0 to 255, rounded, and what lies beyond is
+    clipped; NaN is 0. Without a range 16 bits lose their low byte."""
+    if values.dtype == np.uint8:
+        return values
+    if value_range is None:
+        return (values >> 8).astype(np.uint8)
+    low, high = value_range
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        shares = np.nan_to_num((values.astype(np.float64) - low) / (high - low))
+        return np.rint(255 * shares.clip(0, 1)).astype(np.uint8)
+
+    if values.dtype.kind == "u" and values.itemsize == 2:
+        return scale(np.arange(1 << 16))[values]  # in a third of the time
+    return scale(values)
+
+
+def value_range(path: str, header: Header, reading: Reading) -> tuple[float, float]:
+    """The lowest and the highest finite value of an image that is not of 8 bits, or, of 16 bits, 0 and the
+    highest value of that high byte. Raises UserError if it cannot be read."""
+    if header.kind == "uint16":
+        image = read_image(path, reading._replace(value_range=None))
+        return 0, 256 * max(high for _, high in image.getextrema()) + 255
+    found = []
+
+    def note(values: np.ndarray) -> np.ndarray:
+        finite = values[np.isfinite(values)]
+        found.extend([finite.min().item(), finite.max().item()] if finite.size else [])
+        return np.zeros(values.shape, np.uint8)
+
+    decode_by(note, path, header, reading)
+    return min(found, default=0), max(found, default=0)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image, turned as its EXIF orientation says."""
+    # Not ImageOps.exif_transpose: that writes the EXIF anew, and fails if another tag of it is damaged.
+    image.load()  # which turns a TIFF
+    turn = turn_of(image.getexif)
+    return image if turn is None else image.transpose(turn)
+
+
+def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """An image cut into strips, with the row at which each begins, so that what is made of it on the way to
+    something else is never the size of the whole."""
+    for y in range(0, image.height, tiffs.ROWS):
+        yield y, image.crop((0, y, image.width, min(image.height, y + tiffs.ROWS)))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as uint8 (H, W, 3)."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for y, strip in strips(image):
+        pixels[y : y + strip.height] = np.asarray(strip)
+    return pixels
+
+
 def shrink(image: Image.Image, max_side: int) -> Image.Image:
     """An image, made smaller if a side is longer than `max_side`."""
     factor = min(1.0, max_side / max(image.size))
     return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
+
+
+def reduce(pixels: np.ndarray, factor: int) -> Image.Image:
+    """uint8 RGB (H, W, 3) as a picture, `factor` times smaller: the mean of each square of that side."""
+    if factor == 1:
+        return Image.fromarray(pixels)
+    height = factor * tiffs.ROWS
+    parts = [Image.fromarray(pixels[y : y + height]) for y in range(0, len(pixels), height)]
+    return Image.fromarray(np.concatenate([np.asarray(part.reduce(factor)) for part in parts]))
 
 
 def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

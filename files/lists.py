@@ -11,7 +11,7 @@ from unicodedata import normalize
 from files.whole import read_lines, write_whole
 from utils import UserError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+HEIC_ENDINGS = (".heic", ".heif")
 # Names of folders, in lower case, that are splits.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SPLIT_FOLDERS |= {"test": "test", "testing": "test"}
@@ -146,7 +146,19 @@ def existing(path: str) -> str:
 
 def is_image_name(name: str) -> bool:
     """Whether a file of that name is an image, and not hidden, as macOS' `._a.jpg` beside `a.jpg`."""
-    return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS and not name.startswith(".")
+    from files.images import image_endings  # not for the commands that do without images
+
+    return os.path.splitext(name)[1].lower() in image_endings() and not name.startswith(".")
+
+
+def describe_left_out(names: Iterable[str]) -> str:
+    """What is no image among the names of a folder's files, as `left out 7: 5 .heic (pip install
+    pillow-heif), 2 .txt`; hidden files are not counted. Empty if there is nothing."""
+    others = [name for name in names if not is_image_name(name) and not name.startswith(".")]
+    counts = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in others)
+    hints = dict.fromkeys(HEIC_ENDINGS, " (pip install pillow-heif)")
+    kinds = (f"{count} {ending}{hints.get(ending, '')}" for ending, count in counts.most_common())
+    return f"left out {len(others)}: {', '.join(kinds)}" if others else ""
 
 
 def split_of(name: str) -> str | None:
@@ -158,8 +170,9 @@ def split_of(name: str) -> str | None:
 def images_below(folder: str) -> dict[str, str]:
     """The image files in a folder and those in it, by their paths relative to it without the endings, in
     Unicode's form NFC. Raises UserError if two of them differ in their endings alone."""
-    found = {}
+    found, left_out = {}, []
     for parent, _, names in os.walk(folder, followlinks=True):
+        left_out += names
         for name in names:
             if not is_image_name(name):
                 continue
@@ -167,6 +180,8 @@ def images_below(folder: str) -> dict[str, str]:
             other = found.setdefault(normalize("NFC", os.path.splitext(path)[0]), path)
             if other != path:
                 raise UserError(f"{folder} has {other} and {path}: which of them is meant?")
+    if left_out := describe_left_out(left_out):
+        print(f"{folder}: {left_out}")
     return found
 
 

@@ -24,7 +24,8 @@ from files.exports import (
     load_json,
     usable,
 )
-from files.lists import IMAGE_ENDINGS, SPLIT_FOLDERS, images_below, split_of
+from files.images import image_endings
+from files.lists import SPLIT_FOLDERS, images_below, is_image_name, split_of
 from files.whole import read_lines
 from utils import IGNORE_INDEX, UserError
 
@@ -39,7 +40,7 @@ def read_labelme(export: str, files: list[str], images: str | None) -> Export:
             notes.add("JSON files are not labelme's: left out", path)
             continue
         name = str(data.get("imagePath") or "").replace("\\", "/")
-        beside = [os.path.splitext(os.path.basename(path))[0] + ending for ending in IMAGE_ENDINGS]
+        beside = [os.path.splitext(os.path.basename(path))[0] + ending for ending in sorted(image_endings())]
         where = [images] if images else [os.path.dirname(path)]
         image = next(filter(None, (find_image(name, where) for name in (name, *beside) if name)), None)
         if not image:
@@ -59,7 +60,7 @@ def read_labelme(export: str, files: list[str], images: str | None) -> Export:
         samples.append(Sample(image, split_of(relative), size, content))
     used = {os.path.abspath(image) for _, image, _, _ in found}
     folders = {os.path.dirname(image) for image in used}
-    photos = {os.path.join(f, n) for f in folders for n in os.listdir(f) if n.lower().endswith(IMAGE_ENDINGS)}
+    photos = {os.path.join(f, n) for f in folders for n in os.listdir(f) if is_image_name(n)}
     notes.add("images have no JSON file, nobody has labelled them: left out", *example(photos - used))
     return Export(classes, samples, draw_labelme, notes)
 

@@ -32,6 +32,7 @@ import deeplab
 import main
 from commands.check import drop_bad
 from commands.evaluate import confusion_matrices, evaluate
+from commands.tiles import segment_tiles, windows
 from datasets import SegmentationDataset
 from files.masks import VOC_CLASSES, Labels
 from files.pictures import voc_palette
@@ -265,6 +266,22 @@ def evaluation_rows(dataset: SegmentationDataset, device: torch.device, sync: Ca
     return [("evaluation, images", f"{n / a:.2f} /s", f"{n / b:.2f} /s", ratio)]
 
 
+@torch.inference_mode()
+def tile_rows(device: torch.device, sync: Callable) -> list[tuple]:
+    """An image in tiles beside the whole of it at once, by the pixels that the network sees."""
+    side = 4096 if device.type == "cuda" else 2048
+    model = deeplab.build("mobilenet_v3_large", False).fuse().place(device)
+    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+    inference = deeplab.Inference(batch_size=1, tile=SIZE)
+    seen = (len(windows(side, SIZE, inference.overlap)) * SIZE) ** 2 / 1e6
+    tiled = partial(segment_tiles, model, image, inference)
+    a, b, _ = compare(
+        tiled, lambda: model.segment(image[None].to(device), softmax=True).max(1)[1].byte().cpu(), 2, sync
+    )
+    a, b = 1000 * a / seen, 1000 * b / (side**2 / 1e6)
+    return [(f"megapixel in tiles of {SIZE}; of {side}x{side} at once", f"{a:.0f} ms", f"{b:.0f} ms", b / a)]
+
+
 def count_rows(device: torch.device, sync: Callable) -> list[tuple]:
     """The counts of each image of a batch, as evaluation takes them."""
     predictions = torch.randint(0, 21, (4, SIZE, SIZE), device=device).byte()
@@ -305,6 +322,7 @@ def run() -> None:
             (runtime_rows, device, 5),
             (training_rows, device, sync),
             (evaluation_rows, few, device, sync),
+            (tile_rows, device, sync),
             (count_rows, device, sync),
         ):
             for *cells, ratio in measure(*inputs):

@@ -1,0 +1,393 @@
+"""Images of every number format and any bands, to the last pixel; which files are images; large ones."""
+
+import json
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NETWORK, SMALL, make_list_dataset, one_line
+from PIL import Image
+
+import deeplab
+import main
+from files import images, lists
+from files.images import Reading, open_image, read_header, read_image
+from utils import UserError
+
+tifffile = pytest.importorskip("tifffile")
+RNG = np.random.default_rng(0)
+LOW, HIGH = 100.0, 900.0
+
+
+def scaled(values, low=LOW, high=HIGH):
+    """What a value range makes of samples."""
+    shares = (np.asarray(values, np.float64) - low) / (high - low)
+    return np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8)
+
+
+def draw(dtype, *shape):
+    """Samples on both sides of the range and within it."""
+    low = 0 if np.dtype(dtype).kind == "u" else -300
+    values = RNG.uniform(low, 1500, shape)
+    return values.astype(dtype)
+
+
+def pixels(path, **reading):
+    return np.asarray(read_image(str(path), Reading(**reading)))
+
+
+DTYPES = ["uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
+LAYOUTS = {
+    "one strip": {},
+    "strips": {"rowsperstrip": 7, "compression": "deflate"},
+    "tiles": {"tile": (16, 32), "compression": "deflate"},
+    "big-endian": {"byteorder": ">"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bands", [1, 3, 4, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_number_formats_and_bands_of_tiffs(tmp_path, dtype, bands, layout):
+    values = draw(dtype, 45, 70, bands)
+    kind = {"photometric": "rgb" if bands in (3, 4) else "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "a.tif", values if bands > 1 else values[..., 0], **kind, **LAYOUTS[layout])
+    header = read_header(str(tmp_path / "a.tif"), Reading(bands=(1, 2, 3)))
+    assert (header.size, header.kind, header.bands) == ((70, 45), dtype, bands)
+    expected = scaled(values)
+    orders = [(1, 2, 3)] + ([(4, 1, 2)] if bands > 3 else []) + ([(3, 2, 1)] if bands > 1 else [])
+    for order in orders:
+        chosen = expected[..., [0 if bands == 1 else band - 1 for band in order]]
+        assert np.array_equal(pixels(tmp_path / "a.tif", value_range=(LOW, HIGH), bands=order), chosen)
+    if bands in (1, 3):
+        assert np.array_equal(
+            pixels(tmp_path / "a.tif", value_range=(LOW, HIGH)), np.broadcast_to(expected, (45, 70, 3))
+        )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("bands", [2, 4, 5, 13])
+def test_bands_without_a_range(tmp_path, dtype, planar, bands):
+    values = RNG.integers(0, np.iinfo(dtype).max, (45, 70, bands), dtype=dtype, endpoint=True)
+    stored = values if planar == "contig" else values.transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", planarconfig=planar)
+    high = values if dtype == "uint8" else (values >> 8).astype(np.uint8)
+    for order in [(1, 2, 1), *([(4, 1, 2)] if bands > 3 else [(2, 1, 1)])]:
+        assert np.array_equal(pixels(tmp_path / "a.tif", bands=order), high[..., [b - 1 for b in order]])
+    with pytest.raises(UserError, match=f"a.tif has {bands} bands.*--bands"):
+        read_header(str(tmp_path / "a.tif"))
+    with pytest.raises(
+        UserError, match=f"a.tif has {bands} bands, and --bands 1 2 {bands + 1} asks for more"
+    ):
+        read_header(str(tmp_path / "a.tif"), Reading(bands=(1, 2, bands + 1)))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_fourth_band_of_a_tiff_is_no_transparency(tmp_path, extra):
+    """Whatever the file calls it: writers call infrared so, too."""
+    values = RNG.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=[extra])
+    with pytest.raises(
+        UserError, match="a.tif has 4 bands: say which are red, green and blue by --bands 1 2 3"
+    ):
+        pixels(tmp_path / "a.tif")
+    assert np.array_equal(pixels(tmp_path / "a.tif", bands=(1, 2, 3)), values[..., :3])
+    model = deeplab.build("tiny", False, 3, aspp_rates=[6]).eval()
+    with pytest.raises(UserError, match="--bands"):
+        model.predict(Image.open(tmp_path / "a.tif"))
+
+
+def test_turned_tiff(tmp_path):
+    """EXIF's orientation is a tag of TIFF, for tifffile's pixels and for Pillow's."""
+    values = draw("float32", 20, 30)
+    for bands in (1, 3):
+        stored = np.repeat(values[..., None], bands, 2) if bands > 1 else values
+        kind = {"photometric": "rgb" if bands > 1 else "minisblack", "metadata": None}
+        tifffile.imwrite(tmp_path / "a.tif", stored, extratags=[(274, 3, 1, 6, True)], **kind)
+        assert read_header(str(tmp_path / "a.tif")).size == (20, 30)
+        found = pixels(tmp_path / "a.tif", value_range=(LOW, HIGH))
+        assert np.array_equal(found[..., 0], np.rot90(scaled(values), -1))
+
+
+def write_png16(path, values):
+    """A PNG of 16 bits, of every filter, as Pillow writes none in colour."""
+    import struct
+    import zlib
+
+    height, width, channels = values.shape
+    data = values.astype(">u2").view(np.uint8).reshape(height, -1).astype(np.int32)
+    rows, before = [], np.zeros_like(data[0])
+    for y, row in enumerate(data):
+        left = np.concatenate([np.zeros(2 * channels, np.int32), row[: -2 * channels]])
+        corner = np.concatenate([np.zeros(2 * channels, np.int32), before[: -2 * channels]])
+        p = left + before - corner
+        a, b, c = abs(p - left), abs(p - before), abs(p - corner)
+        paeth = np.where((a <= b) & (a <= c), left, np.where(b <= c, before, corner))
+        guess = [0 * row, left, before, (left + before) // 2, paeth][y % 5]
+        rows.append(bytes([y % 5]) + ((row - guess) % 256).astype(np.uint8).tobytes())
+        before = row
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, body in chunks:
+            file.write(
+                struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            )
+
+
+def test_png_of_16_bits(tmp_path):
+    """At full depth with a range, by the high byte without."""
+    values = RNG.integers(0, 1200, (300, 33, 4), dtype=np.uint16)
+    for channels in (1, 3):
+        write_png16(tmp_path / "a.png", values[..., :channels])
+        assert read_header(str(tmp_path / "a.png")).kind == "uint16"
+        wide = np.broadcast_to(values[..., :channels], (300, 33, 3))
+        assert np.array_equal(pixels(tmp_path / "a.png"), wide >> 8)
+        assert np.array_equal(pixels(tmp_path / "a.png", value_range=(LOW, HIGH)), scaled(wide))
+        swapped = pixels(tmp_path / "a.png", value_range=(LOW, HIGH), bands=(3, 2, 1))
+        assert np.array_equal(swapped, scaled(wide)[..., ::-1])
+    values[..., 3] = np.where(values[..., 3] < 600, 0, 65535)
+    write_png16(tmp_path / "a.png", values)
+    expected = np.where(values[..., 3:] > 0, scaled(values[..., :3]), 255)
+    assert np.array_equal(pixels(tmp_path / "a.png", value_range=(LOW, HIGH)), expected)  # on white
+    write_png16(tmp_path / "a.png", values[..., :2])
+    with pytest.raises(UserError, match="a.png: --value_range"):
+        pixels(tmp_path / "a.png", value_range=(LOW, HIGH))
+
+
+def test_8_bits_have_no_use_for_a_range(tmp_path):
+    values = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for name in ("a.png", "a.tif", "a.bmp"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.array_equal(pixels(tmp_path / name, value_range=(0, 1)), values)
+
+
+def test_values_that_are_no_numbers(tmp_path):
+    values = np.array([[np.nan, np.inf, -np.inf, 500]], np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    assert pixels(tmp_path / "a.tif", value_range=(LOW, HIGH))[0, :, 0].tolist() == [0, 255, 0, 128]
+    with pytest.raises(UserError, match="a.tif has float32 values from 500 to 500: --value_range"):
+        pixels(tmp_path / "a.tif")
+
+
+def test_range_is_asked_for(tmp_path):
+    for dtype in DTYPES[1:]:
+        tifffile.imwrite(tmp_path / "a.tif", np.array([[3, 7], [5, 1]], dtype))
+        with pytest.raises(UserError, match=f"a.tif has {dtype} values from 1 to 7: --value_range"):
+            pixels(tmp_path / "a.tif")
+
+
+def test_tifffile_is_asked_for(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", draw("uint16", 20, 30, 5), planarconfig="contig")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match="a.tif.*pip install tifffile imagecodecs"):
+        pixels(tmp_path / "a.tif", bands=(1, 2, 3))
+
+
+def test_damaged_tiff(tmp_path):
+    """One line for each cut of a file, and no other error."""
+    tifffile.imwrite(
+        tmp_path / "a.tif", draw("uint16", 40, 50, 5), planarconfig="contig", **LAYOUTS["strips"]
+    )
+    data = (tmp_path / "a.tif").read_bytes()
+    for length in range(0, len(data), 61):
+        (tmp_path / "b.tif").write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"b\.tif"):
+            pixels(tmp_path / "b.tif", bands=(1, 2, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 30}])
+def test_jpeg_without_its_end(tmp_path, options):
+    """Used if no pixel is missing, and an error at any earlier cut."""
+    image, file = Image.fromarray(RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)), BytesIO()
+    image.save(file, "JPEG", **options)
+    data, path = file.getvalue(), tmp_path / "a.jpg"
+    path.write_bytes(data)
+    expected = pixels(path)
+    assert not images.lacks_end(data) and not images.lacks_end(data + 100 * b"\0")
+    for cut in [*range(1, 40), *range(40, len(data) - 700, 37)]:
+        path.write_bytes(data[:-cut])
+        try:
+            found = pixels(path)
+        except UserError as error:
+            assert "a.jpg" in str(error)
+            assert cut > 2
+        else:
+            assert cut <= 2 or options.get("progressive")  # whose last scans only sharpen
+            assert images.lacks_end(data[:-cut])
+            assert np.array_equal(found, expected) or options.get("progressive")
+    path.write_bytes(data[:-2])
+    assert np.array_equal(pixels(path), expected) and images.lacks_end(data[:-2])
+
+
+def test_first_frame_of_several(tmp_path):
+    first, second = (Image.new("RGB", (20, 10), color) for color in ("red", "blue"))
+    for name in ("a.gif", "a.webp", "a.tif", "a.png"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert read_header(str(tmp_path / name)).frames == 2
+        assert abs(pixels(tmp_path / name).astype(int) - (255, 0, 0)).max() <= 2
+        first.save(tmp_path / name)
+        assert read_header(str(tmp_path / name)).frames == 1
+    # What GDAL calls an overview is a smaller copy, and no second page.
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(np.zeros((64, 64), np.uint8), subifds=0)
+        file.write(np.zeros((32, 32), np.uint8), subfiletype=1)
+    assert read_header(str(tmp_path / "a.tif")).frames == 1
+
+
+def test_images_of_too_many_pixels(tmp_path):
+    Image.new("1", (1000, 1001)).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros((1001, 1000, 5), np.uint8), planarconfig="contig")
+    for name in ("a.png", "b.tif"):
+        with pytest.raises(
+            UserError, match=f"{name}: Image of 1000x1001 pixels, more than --max_pixels 1000000"
+        ):
+            pixels(tmp_path / name, max_pixels=1_000_000, bands=(1, 2, 3))
+        assert pixels(tmp_path / name, bands=(1, 2, 3)).shape == (1001, 1000, 3)
+    assert open_image(str(tmp_path / "a.png")).size == (1000, 1001)
+
+
+def test_what_a_folder_leaves_out():
+    names = ["a.JPG", "b.jfif", "c.avif", "d.mpo", "e.tif", ".DS_Store", "._a.jpg"]
+    readable = [name for name in names if lists.is_image_name(name)]
+    assert {"a.JPG", "b.jfif", "e.tif"} <= set(readable) and not {".DS_Store", "._a.jpg"} & set(readable)
+    assert lists.describe_left_out(readable + [".DS_Store"]) == ""
+    others = [*(f"{i}.txt" for i in range(3)), "a.h5", "README"]
+    assert lists.describe_left_out([*readable, *others]) == "left out 5: 3 .txt, 1 .h5, 1 without an ending"
+    if images.pillow_heif is None:
+        assert lists.describe_left_out(["a.HEIC"]) == "left out 1: 1 .heic (pip install pillow-heif)"
+
+
+def infrared(root: Path, bits: int = 12) -> Path:
+    """The small data set as TIFFs of four bands, red, green, blue and infrared, of `bits` in 16."""
+    make_list_dataset(root)
+    for path in list(root.glob("images/*.jpg")):
+        rgb = np.array(Image.open(path)).astype(np.uint16)
+        values = np.concatenate([rgb, 255 - rgb[..., :1]], 2) << (bits - 8)
+        tifffile.imwrite(path.with_suffix(".tif"), values, photometric="rgb")
+        path.unlink()
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace(".jpg", ".tif"))
+    return root
+
+
+RANGE, BANDS = ["--value_range", 0, 4080], ["--bands", 4, 1, 2]
+
+
+def test_aerial_images_from_check_to_prediction(cli, tmp_path):
+    """--check names what to give, training keeps it, and the other commands need no flag."""
+    root = infrared(tmp_path / "set")
+    data = ["--dataset", "custom", "--data_root", root]
+    status, _, err = cli("--check", *data)
+    assert status == 1 and "has 4 bands" in err and "--bands 1 2 3" in err
+    status, out, err = cli("--check", *data, *BANDS)
+    assert status == 1 and one_line(err) and "--value_range 0 4095" in err
+    assert "train: 6 images of uint16, 0 to 4095" in out
+    status, out, err = cli("--check", *data, *BANDS, *RANGE)
+    assert (status, err) == (0, "") and "no fault was found" in out
+
+    train = ["--train", "--exp", "x", *data, *SMALL, *NETWORK, "--epochs", 2, "--save_every_iters", 1]
+    status, _, err = cli(*train, *BANDS)
+    assert status == 1 and one_line(err) and "--value_range 0 4095" in err
+    status, _, err = cli(*train, *RANGE)
+    assert status == 1 and one_line(err) and "--bands" in err
+    assert cli(*train, *BANDS, *RANGE)[0] == 0
+    checkpoint = "data/deeplab_tiny_custom_v3_x_epoch2.pth"
+    model = deeplab.load(checkpoint)
+    assert model.reading == Reading((0, 4080), (4, 1, 2))
+
+    # A resumed run keeps both, and does not go on without.
+    half = "data/deeplab_tiny_custom_v3_x_epoch1_iter2.pth"
+    longer = [*train, "--epochs", 3, "--resume", checkpoint]
+    status, _, err = cli(*longer, *BANDS, "--value_range", 0, 4000)
+    assert status == 1 and one_line(err) and "--value_range (checkpoint: 0 4080, here: 0 4000)" in err
+    assert cli(*longer, *BANDS, *RANGE)[0] == 0, half
+    resumed = deeplab.load("data/deeplab_tiny_custom_v3_x_epoch3.pth")
+    assert resumed.reading == model.reading
+
+    status, out, _ = cli("--checkpoint", checkpoint, *data)
+    assert status == 0 and "Mean IoU" in out
+    assert cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")[0] == 0
+    path = root / "images/val0.tif"
+    values = tifffile.imread(path)[..., [3, 0, 1]]
+    expected = model.predict(scaled(values, 0, 4080))
+    assert np.array_equal(model.predict(path), expected)
+    mask = np.array(Image.open("out/val0_mask.png"))
+    assert (mask == expected).mean() > 0.99
+    # A model of weights alone has them, too.
+    assert cli("--export", "w.pth", "--checkpoint", checkpoint)[0] == 0
+    assert deeplab.load("w.pth").reading == model.reading
+
+
+def test_bright_images_of_16_bits_need_no_range(cli, tmp_path):
+    """As they were: by the high byte. And dark ones among them stay dark."""
+    root = infrared(tmp_path / "set", bits=16)
+    values = tifffile.imread(root / "images/train0.tif")
+    tifffile.imwrite(root / "images/train0.tif", values >> 6, photometric="rgb")
+    data = ["--dataset", "custom", "--data_root", root, "--bands", 1, 2, 3]
+    status, out, err = cli("--check", *data)
+    assert (status, err) == (0, "") and "images of uint16, 0 to" in out
+    assert cli("--train", "--exp", "x", *data, *SMALL, *NETWORK, "--epochs", 1)[0] == 0
+    checkpoint = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
+    status, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
+    assert status == 0 and "1 images of 16 bits were nearly black" in out
+
+
+def test_float_images_name_the_range_of_the_set(cli, tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    for path in root.glob("images/*.jpg"):
+        grey = np.array(Image.open(path).convert("L")).astype(np.float32) / 255
+        tifffile.imwrite(path.with_suffix(".tif"), grey)
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace(".jpg", ".tif"))
+    greys = [tifffile.imread(path) for path in root.glob("images/*.tif")]
+    low, high = (f"{value:.6g}" for value in (np.min(greys), np.max(greys)))
+    data = ["--dataset", "custom", "--data_root", root]
+    for command in (["--check"], ["--train", "--exp", "x", *SMALL, *NETWORK]):
+        status, _, err = cli(*command, *data)
+        assert status == 1 and one_line(err) and "float32" in err and "--value_range" in err
+    status, out, err = cli("--check", *data)
+    assert f"--value_range {low} {high}" in err and (tmp_path / "data/check/set.png").exists()
+    assert cli("--check", *data, "--value_range", 0, 1)[0] == 0
+
+
+def test_exported_file_tells_how_images_are_read(cli, tmp_path, monkeypatch):
+    model = deeplab.build("tiny", False, 2, num_groups=32, weight_std=True, aspp_rates=[6])
+    model.classes, model.palette, model.reading = ["a", "b"], [[0, 0, 0], [1, 1, 1]], Reading((0, 1))
+    torch.save(main.checkpoints.model_entries(model), tmp_path / "x.pth")
+    told = {}
+    monkeypatch.setattr(main, "export", lambda model, path, about: told.update(about))
+    assert cli("--export", "x.pt2", "--checkpoint", "x.pth")[0] == 0
+    assert json.loads(json.dumps(told["value_range"])) == [0, 1] and told["bands"] is None
+
+
+@pytest.mark.parametrize("reading", [{"value_range": [1, 0]}, {"value_range": 3}, {"bands": [0, 1, 2]}, 7])
+def test_checkpoint_whose_reading_has_no_meaning(tmp_path, reading):
+    model = deeplab.build("tiny", False, 2, aspp_rates=[6])
+    model.classes, model.palette = ["a", "b"], [[0, 0, 0], [1, 1, 1]]
+    entries = {**main.checkpoints.model_entries(model), "reading": reading}
+    torch.save(entries, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth does not say how its images were read"):
+        deeplab.load(tmp_path / "x.pth")
+
+
+def test_check_counts_what_it_uses_all_the_same(cli, tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    path = root / "images/train0.jpg"
+    path.write_bytes(path.read_bytes()[:-2])
+    first = Image.open(root / "images/train1.jpg")
+    first.save(root / "images/train1.tif", save_all=True, append_images=[first])
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace("train1.jpg", "train1.tif"))
+    status, out, err = cli("--check", "--dataset", "custom", "--data_root", root)
+    assert (status, err) == (0, "")
+    assert "train: 1 JPEGs lack their end" in out and "train: 1 images have several frames" in out
+    train = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, *NETWORK]
+    status, out, _ = cli(*train, "--epochs", 1)
+    assert status == 0 and "1 of the train images have several frames or pages: the first is used" in out
