@@ -323,12 +323,13 @@ def validate(
     return result["mean_iou"], details.sample_sheet() if samples else None
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    """The command with --train: from the first or the resumed iteration to the last checkpoint."""
-    torch.manual_seed(args.seed)
-    options, initial = model_options(args), args.init and checkpoints.read(args.init)
-    reading = AS_STORED
-    if initial:
+def open_run(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Run, Training, TrainBatches, CrossEntropy, SegmentationDataset, SegmentationDataset]:
+    """What a run of --train is made of: its names, state, batches, loss, and the sets to train on and to
+    validate. Raises UserError if one of them cannot be had."""
+    options, initial, reading = model_options(args), args.init and checkpoints.read(args.init), AS_STORED
+    if initial:  # which tells what the flags do not
         options = {**checkpoints.model_config(initial, args.init), **options}
         reading = checkpoints.reading(initial, args.init)
     reading = reading._replace(**reading_options(args))
@@ -338,18 +339,24 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
     state = start(args, device, options, initial, run, batches, train_set)
+    return run, state, batches, criterion.to(device), train_set, val_set
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """The command with --train: from the first or the resumed iteration to the last checkpoint."""
+    torch.manual_seed(args.seed)
+    run, state, batches, criterion, train_set, val_set = open_run(args, device)
     first, max_iter, per_epoch = state.iteration, batches.max_iter, batches.per_epoch
     if first >= max_iter:
         print(f"all {args.epochs} epochs are done: nothing is left to train")
         return
-    batches.start, model, optimizer, criterion = first, state.model, state.optimizer, criterion.to(device)
+    batches.start, model, optimizer = first, state.model, state.optimizer
     net = share_gradients(model, batches, val_set) if WORLD > 1 else model
     amp = number_format(args, device)
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     log = RunLog(run, state, args.tensorboard) if RANK == 0 else None
     loaded = datasets.load_batches(train_set, batches, args.workers, device)
     bar = tqdm(loaded, total=max_iter, initial=first, disable=True if RANK else None, dynamic_ncols=True)
-
     model.train()
     mean_iou, loss_sum, logged, began = None, 0, first, time.perf_counter()
     for iteration, (images, masks, sizes) in enumerate(bar, first):

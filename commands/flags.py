@@ -261,6 +261,8 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         if value == "" or (isinstance(value, list) and "" in value):  # of a shell's variable that is not set
             parser.error(f"--{name} is empty: give it a value, or leave it out")
     evaluates = not any((args.train, args.predict, args.export, args.download, args.check, args.convert))
+    if not args.exp and (args.train or (evaluates and not args.checkpoint)):
+        parser.error("--exp NAME is needed: it names the checkpoints; to try it out, add --dataset shapes")
     if args.convert and not args.data_root:
         parser.error("--convert needs --data_root DIR: the folder of the data set that it makes")
     if not args.convert and (args.classes or args.images or args.others != "background"):
@@ -292,8 +294,11 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--split is for evaluation: training reads train, and validates on val")
     if args.train and args.checkpoint:
         parser.error("--train does not read --checkpoint: --resume continues one, --init begins from one")
-    if not args.exp and (args.train or (evaluates and not args.checkpoint)):
-        parser.error("--exp NAME is needed: it names the checkpoints; to try it out, add --dataset shapes")
+    check_values(parser, args)
+
+
+def check_values(parser: Parser, args: argparse.Namespace) -> None:
+    """The same for mistakes that the values of the flags show."""
     if args.exp and (os.path.basename(args.exp) != args.exp or not args.exp.isprintable()):
         parser.error(f"--exp {args.exp!r} becomes part of a file's name: leave out slashes and line ends")
     if args.exp and len(os.fsencode(args.exp)) > 120:

@@ -168,11 +168,8 @@ def predict_files(
             if isinstance(result, UserError):
                 print(f"main.py: error: {result}", file=sys.stderr)
             else:
-                rows[index] = [
-                    files[index],
-                    f"{names[index]}_mask.png",
-                    *(f"{share:.6f}" for share in result),
-                ]
+                shares = [f"{share:.6f}" for share in result]
+                rows[index] = [files[index], f"{names[index]}_mask.png", *shares]
     save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
     print_notes(notes, inference)
     return len(files) - len(rows)
