@@ -231,7 +231,7 @@ def predict_labels(model: DeepLabv3, images: Tensor, sizes: Tensor, inference: I
         return model.scores(model.normalize(images, sizes), inference).argmax(1).byte()
     labels = torch.zeros_like(images[:, 0])
     for i, (h, w) in enumerate(sizes.tolist()):
-        labels[i, :h, :w] = segment_tiles(model, images[i, :, :h, :w], inference)[0].to(labels.device)
+        labels[i, :h, :w] = segment_tiles(model, images[i, :, :h, :w], inference, False)[0]
     return labels
 
 

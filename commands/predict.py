@@ -216,7 +216,7 @@ def predict_batch(
     probabilities, uint8 (H, W) where 255 is 1."""
     if is_larger(pixels[0].shape[1:], inference):
         for image in pixels:
-            labels, best = segment_tiles(model, image, inference)
+            labels, best = segment_tiles(model, image, inference, confidence)
             yield labels.numpy(), best.numpy() if confidence else None
         return
     images = torch.stack(pixels).to(model.pixel_mean.device)
@@ -234,7 +234,7 @@ def write_result(
     `labels` and `best` are uint8 (H, W) of the size that was predicted. The overlay of a very large photo is
     a smaller picture. Returns the share of each class. Raises UserError if a file cannot be written."""
     shrunk = labels.shape != photo.size[::-1]
-    labels = enlarge(labels, photo.size)
+    labels = enlarge(labels, photo.size) if shrunk else labels
     save_mask(f"{path}_mask.png", labels, model.palette)
     # Row by row, for it counts in integers of 64 bits.
     counts = np.sum([np.bincount(row, minlength=len(model.classes)) for row in labels], 0)

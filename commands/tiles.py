@@ -64,20 +64,23 @@ def is_larger(size: Sequence[int], inference: Inference) -> bool:
 
 
 @torch.inference_mode()
-def segment_tiles(model: DeepLabv3, image: Tensor, inference: Inference) -> tuple[Tensor, Tensor]:
+def segment_tiles(
+    model: DeepLabv3, image: Tensor, inference: Inference, confidence: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Segment a uint8 image (3, H, W) window by window; the softmax scores are blended where windows overlap.
 
     Returns:
-        labels uint8 (H, W) and their probabilities, uint8 (H, W) where 255 is 1, both on the CPU.
+        labels uint8 (H, W) and, with `confidence`, their probabilities, uint8 (H, W) where 255 is 1; both on
+        the CPU.
 
     Raises:
         Stopped: if a stop signal has come.
     """
     rows, columns = (windows(side, inference.tile, inference.overlap) for side in image.shape[1:])
     labels = torch.empty(image.shape[1:], dtype=torch.uint8)
-    best, above = torch.empty_like(labels), None
+    best, above = torch.empty_like(labels) if confidence else None, None
     for row in progress(rows, "rows of tiles", len(rows), "row"):
-        left = below = None
+        left = None
         for column, scores in row_scores(model, image, row, columns, inference):
             # Columns, then rows: added are what the window before and the row before have left, and what is
             # shared with the next is put aside.
@@ -89,13 +92,14 @@ def segment_tiles(model: DeepLabv3, image: Tensor, inference: Inference) -> tupl
                 scores[:, : row.before] += above[..., width]
             scores, shared = split(scores, 1, row.after)
             if row.after:
-                below = scores.new_empty(len(scores), row.after, image.shape[2]) if below is None else below
-                below[..., width] = shared
+                if above is None:
+                    above = scores.new_empty(len(scores), row.after, image.shape[2])
+                above[..., width] = shared  # for the next row: of this one it has been added
             probability, label = scores.max(0)
             height = slice(row.first, row.last - row.after)
             labels[height, width] = label.byte().cpu()
-            best[height, width] = (255 * probability).round().byte().cpu()
-        above = below
+            if confidence:
+                best[height, width] = (255 * probability).round().byte().cpu()
     return labels, best
 
 

@@ -19,6 +19,7 @@ from torch import nn
 import main
 from files import checkpoints, pictures, runs
 from files.checkpoints import Best, Resumed, Training
+from files.images import AS_STORED
 from files.runs import COLUMNS, Run, RunLog, find_checkpoint
 from utils import UserError
 
@@ -271,7 +272,7 @@ def test_step_that_the_loss_scaler_skips():
 def test_place_within_an_epoch_of_another_length(monkeypatch):
     monkeypatch.setattr(checkpoints, "load_weights", lambda *_: None)
     model = two_groups(torch.contiguous_format)
-    model.classes = ["a"]
+    model.classes, model.reading = ["a"], AS_STORED
     optimizer = main.make_optimizer(model)
 
     def place(epoch: int, iteration: int, per_epoch_before: int, per_epoch: int) -> tuple[int, int]:

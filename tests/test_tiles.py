@@ -184,8 +184,8 @@ def test_wrong_flags(cli):
         assert status == 2 and one_line(err) and flags[0] in err
 
 
-# Draws an image of 150 megapixels, or predicts it by scores of 21 classes without a network, and prints the
-# peak of the memory in MiB.
+# Draws an image of 150 megapixels, or predicts it by scores of 21 classes that take no network, and prints
+# the peak of the memory in MiB.
 LARGE = """
 import resource, sys
 import numpy as np
@@ -218,7 +218,7 @@ else:
 @pytest.mark.slow
 @needs_proc
 def test_memory_of_a_large_image(trained, tmp_path):
-    """150 megapixels are 430 MiB of RGB; Pillow has four bytes for each while it decodes them."""
+    """150 megapixels are 430 MiB of RGB, and 570 as Pillow decodes them; torch and a network are 900."""
     (tmp_path / "large.py").write_text(LARGE.format(tests=str(TINY.parent)))
     command = [sys.executable, "large.py"]
     subprocess.run([*command, "draw"], cwd=tmp_path, check=True)
@@ -234,4 +234,4 @@ def test_memory_of_a_large_image(trained, tmp_path):
         assert mask.size == (12500, 12000)
     with Image.open(tmp_path / "out/large_overlay.jpg") as overlay:
         assert overlay.width == 6250
-    assert peak < 2200, peak
+    assert peak < 3000, peak  # scores of the whole image would be 12,600
