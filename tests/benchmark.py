@@ -26,7 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchvision.models.segmentation import deeplabv3_resnet101
+from torchvision.models.segmentation import (
+    deeplabv3_mobilenet_v3_large,
+    deeplabv3_resnet50,
+    deeplabv3_resnet101,
+)
 
 import deeplab
 import main
@@ -234,12 +238,9 @@ def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
     def stepper(placed: bool, amp: str = "none", **norm) -> Callable:
         model = deeplab.build(backbone, False, **norm).train().to(device)
         model = model.place(device) if placed else model
-        optimizer, scaler = main.make_optimizer(model), torch.amp.GradScaler(enabled=False)
-        criterion = main.CrossEntropy()
         images = torch.randn(batch, 3, crop, crop, device=device)
-        images = images.contiguous(memory_format=model.memory_format)
         masks = torch.randint(0, 21, (batch, crop, crop), device=device).byte()
-        return lambda: main.train_step(model, optimizer, scaler, criterion, images, masks, amp)
+        return our_stepper(model, images, masks, amp)
 
     rows, gn, ws = [], {"num_groups": 32}, {"num_groups": 32, "weight_std": True}
     steps = [
@@ -253,6 +254,80 @@ def training_rows(device: torch.device, sync: Callable) -> list[tuple]:
     for what, ours, baseline in steps:
         a, b, ratio = compare(ours, baseline, 5, sync)
         what = f"training step, {backbone}, {batch} crops of {crop}{what}"
+        rows.append((what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
+    return rows
+
+
+def plain_stepper(model: nn.Module, images: Tensor, masks: Tensor) -> Callable:
+    """A training step of another library's model, as its users write it."""
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.007, momentum=0.9, weight_decay=1e-4)
+
+    def step():
+        optimizer.zero_grad()
+        out = model(images)
+        logits = out["out"] if isinstance(out, dict) else out  # torchvision's
+        F.cross_entropy(logits, masks.long(), ignore_index=255).backward()
+        optimizer.step()
+
+    return step
+
+
+def our_stepper(model: deeplab.DeepLabv3, images: Tensor, masks: Tensor, amp: str = "none") -> Callable:
+    """A training step of `main.py`."""
+    optimizer, scaler = main.make_optimizer(model.train()), torch.amp.GradScaler(enabled=False)
+    images = images.contiguous(memory_format=model.memory_format)
+    return partial(main.train_step, model, optimizer, scaler, main.CrossEntropy(), images, masks, amp)
+
+
+def peer_rows(device: torch.device, sync: Callable, rounds: int) -> list[tuple]:
+    """Models beside other libraries' own with the same trunk. smp takes only sizes that its stride divides;
+    its v3plus has depthwise separable convs in ASPP and decoder, by default or always."""
+    empty = {"weights": None, "weights_backbone": None, "num_classes": 21}
+    peer = deeplabv3_mobilenet_v3_large(**empty).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(peer.state_dict(), f"{folder}/peer.pth")
+        ours = deeplab.load(f"{folder}/peer.pth")
+    passes = [("mobilenet_v3_large with torchvision's head, fused; torchvision's", ours, peer, SIZE)]
+    v3, v3plus = partial(deeplab.resnet50, False), partial(deeplab.resnet50, False, head="v3plus")
+    steps = [
+        ("v3; torchvision's (stride 8)", v3(), deeplabv3_resnet50(**empty)),
+        ("v3, stride 8; torchvision's (stride 8)", v3(output_stride=8), deeplabv3_resnet50(**empty)),
+    ]
+    try:
+        import segmentation_models_pytorch as smp
+
+        empty = {"encoder_name": "resnet50", "encoder_weights": None, "classes": 21}
+        full = {**empty, "decoder_aspp_separable": False}
+        smp_v3 = smp.DeepLabV3(**empty, encoder_output_stride=16)
+        steps.append(("v3; smp's (stride 16)", v3(), smp_v3))
+        steps.append(("v3plus; smp's", v3plus(), smp.DeepLabV3Plus(**empty)))
+        steps.append(("v3plus; smp's with full convs in ASPP", v3plus(), smp.DeepLabV3Plus(**full)))
+        for what, options in (("", empty), (" with full convs in ASPP", full)):
+            peer = smp.DeepLabV3Plus(**options).eval()
+            passes.append((f"resnet50, v3plus, fused; smp's{what}", v3plus().eval(), peer, SIZE - 1))
+    except ImportError as error:
+        print(f"<!-- {error.name} is not installed: no row of it -->")
+
+    rows = []
+    for what, ours, peer, size in passes:
+        ours, peer, x = (
+            ours.fuse().place(device),
+            peer.to(device),
+            torch.randn(1, 3, size, size, device=device),
+        )
+        with torch.inference_mode():
+            xl = x.contiguous(memory_format=ours.memory_format)
+            a, b, ratio = compare(partial(ours, xl), partial(peer, x), rounds, sync)
+        rows.append((f"forward, {what}, {size}", f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
+    crop, batch = (SIZE - 1, 16) if device.type == "cuda" else (128, 4)
+    data = (
+        torch.randn(batch, 3, crop, crop, device=device),
+        torch.randint(0, 21, (batch, crop, crop), device=device).byte(),
+    )
+    for what, ours, peer in steps:
+        steppers = our_stepper(ours.place(device), *data), plain_stepper(peer.to(device), *data)
+        a, b, ratio = compare(*steppers, rounds, sync)
+        what = f"training step, resnet50, {batch} crops of {crop}, {what}"
         rows.append((what, f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", ratio))
     return rows
 
@@ -321,6 +396,7 @@ def run() -> None:
             (forward_rows, device, sync, 30 if cuda else 4),
             (runtime_rows, device, 5),
             (training_rows, device, sync),
+            (peer_rows, device, sync, 20 if cuda else 7),
             (evaluation_rows, few, device, sync),
             (tile_rows, device, sync),
             (count_rows, device, sync),
