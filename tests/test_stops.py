@@ -263,11 +263,11 @@ def test_stop_while_all_files_are_decoded(cli, smallest, tmp_path, monkeypatch, 
     (tmp_path / "set/list/train.txt").write_text(500 * "/images/train0.jpg /masks/train0.png\n")
     read, count = SegmentationDataset.read, []
 
-    def interrupted(dataset, index):
+    def interrupted(dataset, index, *reading):
         count.append(index)
         if len(count) == 50:
             os.kill(os.getpid(), signal.SIGTERM)  # to the main thread, whichever decodes
-        return read(dataset, index)
+        return read(dataset, index, *reading)
 
     monkeypatch.setattr(SegmentationDataset, "read", interrupted)
     assert cli(*flags, *smallest)[0] == 143 and 50 <= len(count) < 100
