@@ -60,7 +60,7 @@ from files import checkpoints, pictures
 from files.checkpoints import Training
 from files.images import AS_STORED, Reading
 from files.runs import Run, RunLog, find_checkpoint
-from files.whole import write_whole
+from files.whole import save_json, write_whole
 from utils import LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
 
 FEW_SHAPES = 16  # of batches in evaluation: to tune the convs for each, or to compile
@@ -421,7 +421,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = shapes <= FEW_SHAPES
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
-    model, folder = model.fuse(), results_folder(path, args.split)
+    model, folder = model.fuse(), results_folder(path, args.split, args.data_root)
     with ExitStack() as stack:
         if args.compile:
             from torch._dynamo import config as dynamo  # takes seconds, so only where it is used
@@ -433,10 +433,11 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
         result, details = evaluate(model, dataset, device, inference, args.workers, args.samples, folder)
     if RANK:
         return
+    about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
     if not dataset.has_masks:
+        save_json(f"{folder}/metrics.json", about)  # whose predictions these are
         print(f"without masks there is nothing to compare with: the predictions are in {folder}")
         return
-    about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
     write_results(folder, dataset, result, details, about)
     print_results(dataset.classes, result)
     print_never_predicted(dataset.classes, result)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,7 +41,7 @@ from files.lists import every_fifth, unique_names
 from files.masks import IGNORE, MAX_CLASSES, VOC_CLASSES, read_classes
 from files.pictures import Palette, voc_palette
 from files.polygons import read_labelme, read_yolo
-from files.whole import write_whole
+from files.whole import lock, write_whole
 from utils import IGNORE_INDEX, UserError, ahead, ignore_stop_signals, percent, progress
 
 READERS = {COCO: read_coco, CVAT: read_voc, VOC: read_voc, ROBOFLOW: read_roboflow}
@@ -111,7 +112,6 @@ def convert(
             already.
         Stopped: if a stop signal has come.
     """
-    temporary, is_new = prepare_folder(root), not os.path.exists(root)
     found = recognize(export)
     if not os.path.exists(export):
         raise UserError(f"{export} is not there: --convert names the folder or file of an export")
@@ -119,6 +119,8 @@ def convert(
         raise UserError(f"{export} is no export that is known: looked for {LOOKED_FOR}; unpack a .zip first")
     if images and not os.path.isdir(images):
         raise UserError(f"--images {images} is no folder")
+    is_new = not os.path.exists(root)
+    temporary, locked = prepare_folder(root)
     try:
         # On Linux processes begin as copies, before there is much in memory; elsewhere they import main.py.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
@@ -143,6 +145,7 @@ def convert(
     except BrokenProcessPool as error:
         raise UserError("a process that draws masks was killed: it may have had too little memory") from error
     finally:
+        locked.close()  # Windows deletes no open file
         shutil.rmtree(temporary, ignore_errors=True)
         if is_new and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)
@@ -160,27 +163,35 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def prepare_folder(root: str) -> str:
-    """The folder in which the data set is made; what a conversion that was killed left there is deleted.
-    Raises UserError if `root` holds a data set already."""
+def prepare_folder(root: str) -> tuple[str, IO]:
+    """The folder in which the data set is made, and an open file that locks it; what a conversion that was
+    killed left there is deleted. Raises UserError if `root` holds a data set already, or another process
+    makes one there."""
     temporary = os.path.join(root, ".converting")
     there = [name for name in MADE if os.path.lexists(os.path.join(root, name))]
-    if os.path.isdir(temporary):
-        for name in there:  # was moved from there: it did not exist before
-            path = os.path.join(root, name)
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        shutil.rmtree(temporary)
-    elif there:
+    if there and not os.path.isdir(temporary):
         raise UserError(f"{root} has {there[0]} already: --data_root names a new folder")
     if os.path.lexists(root) and not os.path.isdir(root):
         raise UserError(f"{root} is no folder: --data_root names the one of the new data set")
-    return temporary
+    os.makedirs(temporary, exist_ok=True)
+    locked = open(os.path.join(temporary, ".lock"), "ab")  # noqa: SIM115, open for as long as it is made
+    lock(locked, f"another process makes a data set at {root}: wait until it has ended")
+    left = [os.path.join(temporary, name) for name in os.listdir(temporary) if name != ".lock"]
+    for path in [*left, *(os.path.join(root, name) for name in there)]:  # these were moved from there
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return temporary, locked
 
 
 def choose(export: Export, wanted: Sequence[str] | None, others: str) -> Target:
     """The classes that the data set gets. Raises UserError if the export lacks one that is wanted, or they
     are too many."""
     names = [safe_name(name) for name in export.classes]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            alike = f"{export.classes[names.index(name)]!r} and {export.classes[i]!r}"
+            raise UserError(f"classes.txt would have {name!r} for both {alike}: rename one of them")
+        if name.lower() in map(str.lower, names[:i]):
+            export.notes.add("classes differ from others in upper and lower case alone", name)
     palette = export.palette or [voc_palette()[i % 256] for i in range(len(names))]
     target = Target(names, palette, list(range(len(names))))
     if wanted:
@@ -374,4 +385,4 @@ def report(root: str, result: Result, target: Target, notes: Notes) -> None:
     splits = Counter(split for split, *_ in result.kept)
     counts = ", ".join(f"{splits[split]} in {split}" for split in ("train", "val", "test") if splits[split])
     print(f"{root} is a data set of {len(result.kept)} images: {counts}. Look at it:")
-    print(f"python main.py --check --dataset custom --data_root {root}")
+    print(f"python main.py --check --dataset custom --data_root {shlex.quote(root)}")

@@ -235,18 +235,21 @@ def predict_labels(model: DeepLabv3, images: Tensor, sizes: Tensor, inference: I
     return labels
 
 
-def results_folder(checkpoint: str, split: str) -> str:
+def results_folder(checkpoint: str, split: str, root: str) -> str:
     """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name.
-    Raises UserError if the results of another file are there."""
+    Raises UserError if the results of another file are there, or those on a data set not at `root`."""
     path = os.path.relpath(checkpoint, "data")
     if path.startswith(os.pardir):
         path = os.path.basename(checkpoint)
     folder = os.path.join("data", split, os.path.splitext(path)[0])
     if os.path.exists(f"{folder}/metrics.json"):
         with open(f"{folder}/metrics.json", encoding="utf-8") as file:
-            other = json.load(file)["checkpoint"]
+            about = json.load(file)
+        other, other_root = about["checkpoint"], about["flags"]["data_root"]
         if os.path.realpath(other) != os.path.realpath(checkpoint):
             raise UserError(f"{folder} has the results of {other}: move or rename one of the two")
+        if os.path.realpath(other_root) != os.path.realpath(root):
+            raise UserError(f"{folder} has the results on {other_root}: move or rename that folder")
     return folder
 
 

@@ -120,8 +120,11 @@ def predict_files(
     Images of one size go through the network together, while other threads decode the next ones and write the
     last. Returns how many could not be predicted."""
     header, earlier = ["file", "mask", *model.classes], earlier_rows(out)
-    others = [mask for file, mask, *_ in earlier[1:] if file not in files]  # which stay
-    names = unique_names(files, {mask.removesuffix("_mask.png").lower() for mask in others})
+    earlier_names = {file: mask.removesuffix("_mask.png") for file, mask, *_ in earlier[1:]}
+    new = [file for file in files if file not in earlier_names]
+    new_names = unique_names(new, {name.lower() for name in earlier_names.values()})
+    names_of = earlier_names | dict(zip(new, new_names, strict=True))  # a file predicted anew keeps its name
+    names = [names_of[file] for file in files]
     reading, notes = model.reading, Counter()
     workers = os.cpu_count() or 1  # each holds a whole photo, the rest only what is predicted
     with ThreadPoolExecutor(workers) as pool:
@@ -162,15 +165,17 @@ def predict_files(
             return index, error
 
     rows = {}
-    with ThreadPoolExecutor(workers) as pool:
-        written = ahead(pool, write, predicted(), limit)
-        for index, result in progress(written, "predicting", len(files)):
-            if isinstance(result, UserError):
-                print(f"main.py: error: {result}", file=sys.stderr)
-            else:
-                shares = [f"{share:.6f}" for share in result]
-                rows[index] = [files[index], f"{names[index]}_mask.png", *shares]
-    save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            written = ahead(pool, write, predicted(), limit)
+            for index, result in progress(written, "predicting", len(files)):
+                if isinstance(result, UserError):
+                    print(f"main.py: error: {result}", file=sys.stderr)
+                else:
+                    shares = [f"{share:.6f}" for share in result]
+                    rows[index] = [files[index], f"{names[index]}_mask.png", *shares]
+    finally:  # the masks of a prediction that was stopped have rows, too
+        save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
     print_notes(notes, inference)
     return len(files) - len(rows)
 
@@ -247,4 +252,6 @@ def write_result(
     if best is not None:
         grey = Image.fromarray(best)
         save_image(f"{path}_confidence.png", grey.resize(photo.size, Image.Resampling.BILINEAR))
+    elif os.path.exists(f"{path}_confidence.png"):
+        os.remove(f"{path}_confidence.png")  # of an earlier mask
     return counts / labels.size

@@ -41,6 +41,7 @@ FLAG_NAMES = {
     "num_classes": "dataset (number of classes)",
     "image_pooling": "no_image_pooling",
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Flags whose change in a resumed run is printed.
 RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_lr", "last_mult", "freeze_bn"]
 RUN_FLAGS += ["seed", "class_weights"]
@@ -257,8 +258,9 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
         elif key not in state or state[key].shape != tensor.shape:
             found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
             raise UserError(f"{path}: {key} {found}, expected {tuple(tensor.shape)}")
-        elif not state[key].is_floating_point():
-            raise UserError(f"{path}: {key} is of type {state[key].dtype}, expected {tensor.dtype}")
+        elif state[key].dtype not in FLOATS or state[key].layout != torch.strided:
+            layout = "" if state[key].layout == torch.strided else f" in {state[key].layout}"
+            raise UserError(f"{path}: {key} is of type {state[key].dtype}{layout}, expected {tensor.dtype}")
         elif not state[key].isfinite().all():
             raise UserError(f"{path}: {key} holds values that are not finite")
     if unknown := [key for key in state if key not in expected]:

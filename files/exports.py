@@ -225,7 +225,7 @@ def read_voc(export: str, files: list[str], images: str | None) -> Export:
         hint = "--images DIR names the folder of their images"
         raise UserError(f"{folder} is not there, the export has masks alone: {hint}")
     photos = images_below(folder)
-    splits = voc_splits(export) or dict.fromkeys(masks)
+    splits = voc_splits(export, notes) or dict.fromkeys(masks)
     for name, split in splits.items():
         if name not in photos:
             notes.add(f"images are not in {folder}: left out", name)
@@ -274,7 +274,7 @@ def voc_classes(export: str) -> tuple[list[str], list[tuple[int, int, int]], dic
     return VOC_CLASSES, [tuple(color) for color in voc_palette(len(VOC_CLASSES))], None
 
 
-def voc_splits(export: str) -> dict[str, str | None]:
+def voc_splits(export: str, notes: Notes) -> dict[str, str | None]:
     """The split of each name in ImageSets/Segmentation/*.txt; trainval.txt tells nothing beside the two."""
     files = find(export, "ImageSets/Segmentation/*.txt")
     known = {path: split_in(os.path.basename(path)[:-4]) for path in files}
@@ -284,7 +284,10 @@ def voc_splits(export: str) -> dict[str, str | None]:
     for path in files:
         if os.path.getsize(path):
             for _, line in read_lines(path, "it names the images"):
-                splits.setdefault(normalize("NFC", line.strip().strip('"')), known[path])
+                name = normalize("NFC", line.strip().strip('"'))
+                if known[path] and splits.get(name, known[path]) not in (None, known[path]):
+                    notes.add("images are in two lists of ImageSets/Segmentation: left in the first", name)
+                splits.setdefault(name, known[path])
     return splits
 
 

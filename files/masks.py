@@ -111,7 +111,7 @@ class Labels:
             labels = table[positions].reshape(pixels.shape)
         else:
             if bound not in self.tables:
-                keys = [key for key in known if key < bound]
+                keys = [key for key in known if 0 <= key < bound]
                 table = np.full(bound, IGNORE_INDEX, np.uint8)
                 table[keys] = [known[key] for key in keys]
                 self.tables[bound] = table  # only now: other threads may look for it
@@ -203,7 +203,8 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
     name, mistake = " ".join(words), None
     if name == "__ignore__" and not color and not equals:  # of labelme's labels.txt
         return IGNORE, [], [IGNORE_INDEX]
-    if equals and not (values and all(value.isdecimal() and len(value) < 10 for value in values)):
+    digits = r"-1|\d{1,9}" if name == IGNORE else r"\d{1,9}"
+    if equals and not (values and all(re.fullmatch(digits, value) for value in values)):
         mistake = "expected pixel values after `=`, such as `= 255` or `= 7 8`"
     elif not name or name.startswith("#"):
         mistake = "a line begins with the name of a class"

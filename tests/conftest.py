@@ -162,6 +162,10 @@ def spoil(kind: str, path: Path) -> None:
         state[key].view(-1)[7] = torch.nan
     elif kind == "integers":
         state[key] = state[key].int()
+    elif kind == "float8":
+        state[key] = state[key].to(torch.float8_e4m3fn)
+    elif kind == "sparse":
+        state[key] = state[key].to_sparse()
     elif kind == "lacks one":
         del state[key]
     elif kind == "one too many":

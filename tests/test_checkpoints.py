@@ -63,6 +63,8 @@ def test_plain_pickle_that_would_run_code(cli, tmp_path):
     [
         ("nan", "layer4.0.conv2.weight holds values that are not finite"),
         ("integers", "layer4.0.conv2.weight is of type torch.int32, expected torch.float32"),
+        ("float8", "layer4.0.conv2.weight is of type torch.float8_e4m3fn, expected torch.float32"),
+        ("sparse", "is of type torch.float32 in torch.sparse_coo, expected torch.float32"),
         ("lacks one", "layer4.0.conv2.weight is missing"),
         ("one too many", "1 tensors are not of this model, more first"),
         ("another shape", "layer4.0.conv2.weight has shape (7, 8, 3, 3), expected (8, 8, 3, 3)"),

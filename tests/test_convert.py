@@ -658,6 +658,58 @@ def test_train_list_reads_vocs_own_masks(tmp_path):
         VOCSegmentation(str(tmp_path), "train", train_list="mine")
 
 
+def test_two_conversions_to_one_folder(tmp_path, monkeypatch):
+    """The second would have deleted the masks of the first."""
+    expected, _ = make_export("labelme", tmp_path / "export")
+    code = (
+        "import sys; from commands.convert import convert; from utils import UserError\n"
+        "try: convert(*sys.argv[1:])\nexcept UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "export"), str(tmp_path / "set")]
+    write_lists, printed = commands.convert.write_lists, []
+
+    def second(*args):
+        printed.append(subprocess.run(command, cwd=MAIN.parent, capture_output=True, text=True).stdout)
+        write_lists(*args)
+
+    monkeypatch.setattr(commands.convert, "write_lists", second)
+    convert(str(tmp_path / "export"), str(tmp_path / "set"))
+    assert f"another process makes a data set at {tmp_path / 'set'}" in printed[0]
+    assert len(masks_of(tmp_path / "set")) == len(expected)
+    assert sorted(os.listdir(tmp_path / "set")) == ["classes.txt", "list", "masks"]
+
+
+def labelme_file(path: Path, label: str) -> None:
+    photo(path.with_suffix(".jpg"))
+    shape = {"label": label, "points": [[1, 1], [30, 30]], "shape_type": "rectangle"}
+    write(path, json.dumps({"shapes": [shape], "imagePath": f"{path.stem}.jpg"}))
+
+
+def test_classes_that_are_alike(tmp_path, capsys):
+    for i, label in enumerate(("Car", "car", "bus")):
+        labelme_file(tmp_path / f"case/{i}.json", label)
+    convert(str(tmp_path / "case"), str(tmp_path / "my set"))
+    out = capsys.readouterr().out
+    assert "1 classes differ from others in upper and lower case alone (the first: car)" in out
+    assert f"--data_root '{tmp_path}/my set'" in out  # as a shell takes it
+    for i, label in enumerate(("a:1", "a,1")):
+        labelme_file(tmp_path / f"alike/{i}.json", label)
+    with pytest.raises(UserError, match="classes.txt would have 'a 1' for both 'a,1' and 'a:1'"):
+        convert(str(tmp_path / "alike"), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_image_in_two_lists_is_noted(tmp_path, capsys):
+    make_export("voc", tmp_path / "export")
+    folder = tmp_path / "export/ImageSets/Segmentation"
+    name = (folder / "train.txt").read_text().split()[0]
+    with open(folder / "val.txt", "a") as file:
+        file.write(f"{name}\n")
+    convert(str(tmp_path / "export"), str(tmp_path / "set"))
+    found = f"1 images are in two lists of ImageSets/Segmentation: left in the first (the first: {name})"
+    assert found in capsys.readouterr().out
+
+
 def test_names_that_classes_txt_could_not_hold(tmp_path):
     for number, name in enumerate(("2 wheeler", "a=b", "ignore", "lane: 2", "# x", "ok 3")):
         photo(tmp_path / f"e/{number}.jpg")

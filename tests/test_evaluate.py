@@ -325,8 +325,8 @@ def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path
         ("RUN_epoch3.pth", "data/val/RUN_epoch3"),  # it lies elsewhere: by its name alone
         ("/elsewhere/v1.5.pth", "data/val/v1.5"),
     ):
-        assert results_folder(path, "val") == folder
-    assert results_folder("data/x.pth", "test") == "data/test/x"
+        assert results_folder(path, "val", "set") == folder
+    assert results_folder("data/x.pth", "test", "set") == "data/test/x"
 
     paths = ["data/RUN_epoch3.pth", "data/old/x-1/RUN_epoch3.pth"]
     for path in paths:
@@ -334,11 +334,30 @@ def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path
         spoil("none", tmp_path / path)
     for path in [*paths, paths[0]]:
         status, out, _ = cli("--checkpoint", path, *smallest)
-        assert status == 0 and f"metrics.json are in {results_folder(path, 'val')}\n" in out
+        assert status == 0 and f"metrics.json are in {results_folder(path, 'val', 'set')}\n" in out
     for path in paths:
-        folder = Path(results_folder(path, "val"))
+        folder = Path(results_folder(path, "val", "set"))
         assert json.loads((folder / "metrics.json").read_text())["checkpoint"] == path
         assert {"val0.png", "val1.png", "val2.png", "per_image.csv"} <= set(os.listdir(folder))
+
+
+def test_results_are_of_one_checkpoint_and_one_data_set(cli, smallest, tmp_path):
+    """Those without masks, too, of which nothing but the predictions is written."""
+    (tmp_path / "set/list/test.txt").write_text("images/val0.jpg\n")
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        spoil("none", tmp_path / folder / "x.pth")
+    assert cli("--checkpoint", "a/x.pth", *smallest, "--split", "test")[0] == 0
+    status, _, err = cli("--checkpoint", "b/x.pth", *smallest, "--split", "test")
+    assert status == 1 and one_line(err) and "data/test/x has the results of a/x.pth" in err
+    assert cli("--checkpoint", "a/x.pth", *smallest, "--split", "test")[0] == 0
+
+    assert cli("--checkpoint", "a/x.pth", *smallest)[0] == 0
+    before = (tmp_path / "data/val/x/metrics.json").read_bytes()
+    other = make_list_dataset(tmp_path / "other", val=1)
+    status, _, err = cli("--checkpoint", "a/x.pth", *smallest, "--data_root", other)
+    assert status == 1 and one_line(err) and "data/val/x has the results on" in err and "set: move" in err
+    assert (tmp_path / "data/val/x/metrics.json").read_bytes() == before
 
 
 def test_thin_images_have_small_pictures(cli, smallest, tmp_path):

@@ -184,7 +184,7 @@ def test_test_split_of_own_data(cli, smallest, tmp_path):
     status, out, _ = cli(*flags)
     assert status == 0 and "without masks there is nothing to compare with" in out
     written = sorted(path.name for path in (tmp_path / "data/test/x").iterdir())
-    assert written == [f"val{i}.png" for i in range(3)]
+    assert written == ["metrics.json", *(f"val{i}.png" for i in range(3))]
     (tmp_path / "set/list/test.txt").write_text(lines + "/images/val0.jpg\n")
     status, _, err = cli(*flags)
     assert status == 1 and one_line(err)

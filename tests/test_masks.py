@@ -190,6 +190,18 @@ def test_masks_that_cannot_be_used(tmp_path, classes, picture, message):
     assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_minus_one_is_ignored_where_it_is_named(tmp_path):
+    (tmp_path / "classes.txt").write_text("a\nb\nignore = -1\n")
+    Image.fromarray(np.array([[-1, 0, 1]], np.int32)).save(tmp_path / "m.tif")
+    labels = read_classes(str(tmp_path / "classes.txt"))
+    assert labels.read(Image.open(tmp_path / "m.tif"), "m.tif").tolist() == [[255, 0, 1]]
+    assert labels.read(Image.fromarray(np.array([[0, 1]], np.uint8)), "m.png").tolist() == [[0, 1]]
+    with pytest.raises(UserError, match="value 255"):  # not the last of the table
+        labels.values.pop(255)
+        labels.tables.clear()
+        labels.read(Image.fromarray(np.array([[0, 255]], np.uint8)), "m.png")
+
+
 def test_mask_that_jpeg_has_blurred(tmp_path):
     mask = np.zeros((40, 40), np.uint8)
     mask[10:30, 10:30] = 255

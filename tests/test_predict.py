@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 
@@ -211,6 +212,14 @@ def test_size_that_the_header_did_not_tell(cli, trained, tmp_path, monkeypatch):
     assert sizes == [(40, 30), (40, 30), (30, 40)]
 
 
+@pytest.mark.parametrize(("value", "kind"), [(0.5, np.float32), (70_000, np.int32), (-1, np.int32)])
+def test_values_of_an_unknown_range_are_refused(cli, trained, tmp_path, value, kind):
+    """They became black or white images."""
+    Image.fromarray(np.full((9, 9), value, kind)).save(tmp_path / "a.tif")
+    status, _, err = cli("--predict", "a.tif", "--checkpoint", trained[0], "--out", "out")
+    assert status == 1 and one_line(err) and f"from {value} to {value}: --value_range LOW HIGH" in err
+
+
 def test_transparency_is_seen_on_white():
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
@@ -364,6 +373,40 @@ def test_rows_of_earlier_predictions_stay_with_their_masks(cli, trained, tmp_pat
     assert predicted("a.png", "b.png") == [a, b] and predicted("c.png", "a.png") == [b, c, a]
     (tmp_path / "out/b_mask.png").unlink()
     assert predicted("c.png") == [a, c]
+
+
+def test_a_photo_predicted_anew_has_one_row_and_one_mask(cli, trained, tmp_path):
+    """What another model has written of it, under whatever name, is replaced."""
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}/a.png")
+    flags = ["--checkpoint", trained[0], "--out", "out"]
+    assert cli("--predict", "x", "y", *flags, "--confidence")[0] == 0
+    assert cli("--predict", "x/a.png", *flags)[0] == 0
+    rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    assert sorted(row[:2] for row in rows[1:]) == [["x/a.png", "x/a_mask.png"], ["y/a.png", "y/a_mask.png"]]
+    assert sorted(masks_below(tmp_path / "out")) == ["x/a", "y/a"]
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*_confidence.png"))
+    assert found == ["y/a_confidence.png"]
+
+
+def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path, monkeypatch):
+    for i in range(40):
+        Image.new("RGB", (9 + i, 9)).save(tmp_path / f"{i:02}.png")
+    predict_batch, count = prediction.predict_batch, 0
+
+    def stop(*args):
+        nonlocal count
+        if (count := count + 1) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict_batch(*args)
+
+    monkeypatch.setattr(prediction, "predict_batch", stop)
+    status, _, err = cli("--predict", "*.png", "--checkpoint", trained[0], "--out", "out")
+    assert status == 128 + signal.SIGTERM and "stopped by SIGTERM" in err
+    rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))[1:]
+    assert 0 < len(rows) < 40 and all((tmp_path / "out" / mask).exists() for _, mask, *_ in rows)
+    assert len(rows) >= 30 - 6  # eval_batch_size 4 are written meanwhile
 
 
 def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
