@@ -21,6 +21,7 @@ from PIL import Image
 
 import deeplab
 import main
+import utils
 from commands.flags import parse_args
 from files import checkpoints
 
@@ -83,6 +84,12 @@ def make_list_dataset(
             lines.append(f"/images/{split}{i}.jpg /masks/{split}{i}.png\n")
         (root / f"list/{split}.txt").write_text("".join(lines))
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_signals():
+    """A stop signal that an earlier test has sent stops nothing here."""
+    utils.noted_signals.clear()
 
 
 @pytest.fixture(autouse=True)
