@@ -243,9 +243,12 @@ def results_folder(checkpoint: str, split: str, root: str) -> str:
         path = os.path.basename(checkpoint)
     folder = os.path.join("data", split, os.path.splitext(path)[0])
     if os.path.exists(f"{folder}/metrics.json"):
-        with open(f"{folder}/metrics.json", encoding="utf-8") as file:
-            about = json.load(file)
-        other, other_root = about["checkpoint"], about["flags"]["data_root"]
+        try:
+            with open(f"{folder}/metrics.json", encoding="utf-8") as file:
+                about = json.load(file)
+            other, other_root = str(about["checkpoint"]), str(about["flags"]["data_root"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{folder}/metrics.json is of no evaluation: move that folder") from error
         if os.path.realpath(other) != os.path.realpath(checkpoint):
             raise UserError(f"{folder} has the results of {other}: move or rename one of the two")
         if os.path.realpath(other_root) != os.path.realpath(root):

@@ -35,6 +35,7 @@ from datasets import Cityscapes, ListSegmentation, SegmentationDataset
 from deeplab import Inference
 from files.masks import Labels
 from files.pictures import voc_palette
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +311,15 @@ def test_one_mask_for_several_images_or_outside_of_the_folder(cli, smallest, tmp
     assert names[:5] == ["a", "m", "2", "dusk/c", "k"]
     assert names[5].endswith("/night/c.png") and names[6] == f"{names[5]}-1"
     assert pictures == {f"{name}.png": width for name, width in zip(names, widths, strict=True)}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"checkpoint": "x.pth"}', '{"flags": 3, "checkpoint": 1}'])
+def test_metrics_that_no_evaluation_has_written(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/val/x").mkdir(parents=True)
+    (tmp_path / "data/val/x/metrics.json").write_text(content)
+    with pytest.raises(UserError, match="data/val/x/metrics.json is of no evaluation"):
+        results_folder("data/x.pth", "val", "set")
 
 
 def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path):
