@@ -43,6 +43,7 @@ from tqdm import tqdm
 import datasets
 import deeplab
 import utils
+from commands import machine
 from commands.check import check, count_labels, median_frequency, prepare
 from commands.convert import convert
 from commands.evaluate import (
@@ -61,42 +62,12 @@ from files.checkpoints import Training
 from files.images import AS_STORED, Reading
 from files.runs import Run, RunLog, find_checkpoint
 from files.whole import save_json, write_whole
-from utils import LOCAL_RANK, RANK, WORLD, Stopped, UserError, percent
+from utils import RANK, WORLD, Stopped, UserError, percent
 
 FEW_SHAPES = 16  # of batches in evaluation: to tune the convs for each, or to compile
 
 # ----------------------------------------------------------------------------------------------------------
-# device, data, model
-
-
-def pick_device(args: argparse.Namespace) -> torch.device:
-    """--device, else CUDA, else Apple's MPS, else the CPU; torchrun or --gpu number the CUDA device. Raises
-    UserError if that device is not there, or cannot do what the flags ask for."""
-    best = "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
-    best = "cuda" if args.gpu is not None or torch.cuda.is_available() else best
-    name = args.device or best
-    if name == "cuda":
-        name = f"cuda:{LOCAL_RANK if WORLD > 1 else args.gpu or 0}"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("choose cuda, cuda:1, mps or cpu")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        there = f" (there are {torch.cuda.device_count()} GPUs)" if name.startswith("cuda") else ""
-        raise UserError(f"device {name} cannot be used{there}: {str(error).splitlines()[0]}") from error
-    if args.amp == "fp16" and device.type != "cuda":
-        raise UserError(f"--amp fp16 needs a CUDA device, and this is {device.type}: use bf16 or none")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convs have it by default
-    return device
-
-
-def number_format(args: argparse.Namespace, device: torch.device) -> str:
-    """--amp, else bfloat16 for training on a GPU that has it, else float32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return args.amp or ("bf16" if has_bf16 and args.train else "none")
+# data, model
 
 
 def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> SegmentationDataset:
@@ -294,7 +265,7 @@ def share_gradients(model: DeepLabv3, batches: TrainBatches, val_set: Segmentati
     values = {"iteration": batches.start, "iterations": batches.max_iter, "validation images": len(val_set)}
     if batches.start:  # new weights may differ: those of the first process go to all
         values["weights"] = zlib.crc32(model.head.conv3.weight.detach().cpu().contiguous().numpy())
-    utils.check_agreement(values)
+    machine.check_agreement(values)
     # Buffers, BatchNorm's statistics, need no exchange in each step: SyncBatchNorm has made them alike, or
     # `validate` does. The argument has another name in newer versions of torch.
     known = signature(DistributedDataParallel).parameters
@@ -352,7 +323,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return
     batches.start, model, optimizer = first, state.model, state.optimizer
     net = share_gradients(model, batches, val_set) if WORLD > 1 else model
-    amp = number_format(args, device)
+    amp = machine.number_format(args.amp, True, device)
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     log = RunLog(run, state, args.tensorboard) if RANK == 0 else None
     loaded = datasets.load_batches(train_set, batches, args.workers, device)
@@ -485,10 +456,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.plots:
         pictures.make_figure(1, 1)  # whether it can, before the work
-    device = pick_device(args)
-    print(f"on {utils.describe_device(device, number_format(args, device))}")
+    device = machine.pick_device(args.device, args.gpu, args.amp)
+    amp = machine.number_format(args.amp, args.train, device)
+    print(f"on {machine.describe_device(device, amp)}")
     if WORLD > 1:
-        utils.join_processes(device)
+        machine.join_processes(device)
     if args.predict:
         return int(run_prediction(args, device) > 0)
     (train if args.train else run_evaluation)(args, device)

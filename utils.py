@@ -1,4 +1,4 @@
-"""Errors, what is printed, stop signals, the processes of torchrun.
+"""Errors, what is printed, stop signals, ranks, threads.
 
 torch is imported only where it is needed: flags and downloads do without it, and it takes seconds.
 """
@@ -15,12 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from traceback import clear_frames, format_exception
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from torch import device
 
 IGNORE_INDEX = 255
 # Set by torchrun: the number of this process, of all, on this machine. Rank 0 prints and writes files.
@@ -189,48 +186,6 @@ def prepare_threads() -> None:
             os.environ["OMP_NUM_THREADS"] = str(limit)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2:
         os.environ["GOMP_SPINCOUNT"] = "1000"
-
-
-def describe_device(device: "device", amp: str) -> str:
-    """A device and its number format in words."""
-    import torch
-
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}, {amp if amp != 'none' else 'float32'}"
-    if device.type == "mps":
-        return "Apple's GPU"
-    line = f"the CPU, {torch.get_num_threads()} threads"
-    if "GOMP_SPINCOUNT" in os.environ:
-        line += ", which do not spin, as the machine is busy"
-    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia"):
-        line += ": this torch is built without CUDA, for the NVIDIA GPU install another (https://pytorch.org)"
-    return line
-
-
-def join_processes(device: "device") -> None:
-    """Let this process find the others. Raises UserError if the environment names several processes, but not
-    how they find each other."""
-    import torch.distributed as dist
-
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    except ValueError as error:
-        hint = "start them by torchrun, or unset WORLD_SIZE for a single one"
-        raise UserError(f"WORLD_SIZE asks for {WORLD} processes ({error}): {hint}") from error
-
-
-def check_agreement(values: dict) -> None:
-    """Raises UserError if these values differ between the processes, whose exchanges would then wait for
-    ever."""
-    import torch.distributed as dist
-
-    everyone = [None] * WORLD
-    dist.all_gather_object(everyone, values)
-    for name, value in values.items():
-        others = [other[name] for other in everyone]
-        if any(other != value for other in others):
-            found = f"the processes do not start alike ({name}: {', '.join(map(str, others))})"
-            raise UserError(f"{found}: each machine needs the same flags, data and checkpoints")
 
 
 def stop_asked() -> bool:

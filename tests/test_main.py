@@ -30,6 +30,7 @@ import datasets
 import deeplab
 import main
 from commands import flags as flags_module
+from commands import machine
 from commands.flags import make_parser, parse_args
 from utils import UserError
 
@@ -227,13 +228,14 @@ def test_device_on_a_machine_with_gpus(monkeypatch, flags, world, name):
     def refuse(*args, device):
         raise RuntimeError(f"asked for {device}")
 
-    for module in (main, sys.modules["commands.flags"]):
+    for module in (machine, sys.modules["commands.flags"]):
         monkeypatch.setattr(module, "WORLD", world)
-    monkeypatch.setattr(main, "LOCAL_RANK", world - 1)
+    monkeypatch.setattr(machine, "LOCAL_RANK", world - 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", refuse)
     with pytest.raises(UserError, match=f"asked for {name}$"):
-        main.pick_device(parse_args(["--exp", "x", *flags]))
+        args = parse_args(["--exp", "x", *flags])
+        machine.pick_device(args.device, args.gpu, args.amp)
 
 
 def test_gpus_of_torchrun_cannot_be_picked(monkeypatch, capsys):
