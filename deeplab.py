@@ -1,7 +1,7 @@
 """DeepLabv3 (Chen et al. 2017, https://arxiv.org/abs/1706.05587) and v3+ on torchvision's networks.
 
-Reads from layer to model: weight-standardised convolution, trunks, ASPP, heads, DeepLabv3, the loss, and what
-builds a model from ImageNet weights or from a checkpoint.
+Reads from layer to model: weight-standardised convolution, trunks, ASPP, heads, DeepLabv3, and what builds a
+model from ImageNet weights or from a checkpoint.
 """
 
 import copy
@@ -25,7 +25,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
 from files.images import AS_STORED, enlarge, read_image, shrink, to_array, to_rgb
-from utils import IGNORE_INDEX, UserError
+from utils import UserError
 
 # The backbones: the arguments of torchvision's ResNet, or none for the network of that name.
 BACKBONES = {
@@ -557,29 +557,6 @@ class DeepLabv3(nn.Module):
             if isinstance(module, _BatchNorm):
                 momentum = TRUNK_MOMENTUM if name.startswith("trunk.") else HEAD_MOMENTUM
                 module.momentum = min(1.0, max(momentum, HEAD_MOMENTUM * PAPER_ITERATIONS / max_iter))
-
-
-class CrossEntropy(nn.Module):
-    """The mean cross-entropy of the labelled pixels, in a form that lets a batch be split: the sum over the
-    pixels of a part, and the total of the whole batch by which the sums are divided.
-
-    With `class_weights` (num_classes,) it is the weighted mean, as torch's own loss.
-    """
-
-    def __init__(self, class_weights: Tensor | None = None):
-        super().__init__()
-        self.register_buffer("class_weights", class_weights)
-
-    def total(self, masks: Tensor) -> Tensor:
-        """The number of labelled pixels in masks (N, H, W), or the sum of their weights."""
-        if self.class_weights is None:
-            return (masks != IGNORE_INDEX).sum()
-        return F.pad(self.class_weights, (0, 256 - len(self.class_weights)))[masks.int()].sum()
-
-    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """The sum over the pixels of logits (N, num_classes, H, W) and masks uint8 (N, H, W)."""
-        options = {"ignore_index": IGNORE_INDEX, "reduction": "sum"}
-        return F.cross_entropy(logits, masks.long(), self.class_weights, **options)
 
 
 def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:

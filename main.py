@@ -44,7 +44,7 @@ import datasets
 import deeplab
 import utils
 from commands import machine
-from commands.check import check, count_labels, median_frequency, prepare
+from commands.check import check, prepare
 from commands.convert import convert
 from commands.evaluate import (
     evaluate,
@@ -54,9 +54,10 @@ from commands.evaluate import (
     write_results,
 )
 from commands.export import check_format, export
+from commands.losses import CrossEntropy, WithDice, class_weights
 from commands.predict import image_files, predict_files
 from datasets import SegmentationDataset, TrainBatches
-from deeplab import CrossEntropy, DeepLabv3, Inference
+from deeplab import DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.checkpoints import Training
 from files.images import AS_STORED, Reading
@@ -76,7 +77,7 @@ def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> Segm
     crop_size = args.crop_size if args.train and split == "train" else None
     options = {"train_list": args.train_list} if args.train_list else {}
     dataset = datasets.DATASETS[args.dataset](args.data_root, split, crop_size, args.seed, **options)
-    dataset.reading = reading
+    dataset.reading, dataset.color_jitter = reading, args.color_jitter
     prepare(dataset, split, args.skip_bad)
     return dataset
 
@@ -86,7 +87,10 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
 
     A published one has the weights alone: the flags and their defaults tell the rest, --dataset the classes.
     Raises UserError if there is no such checkpoint, or it is of another model."""
-    path = args.checkpoint or find_checkpoint(args.backbone, args.dataset, args.exp, args.epochs)
+    path = args.checkpoint
+    if not path:
+        path = find_checkpoint(args.backbone, args.dataset, args.exp, args.epochs, args.best)
+        print(f"--exp {args.exp}: {path}")
     checkpoint, options = checkpoints.read(path), model_options(args)
     if not checkpoints.is_published(checkpoint):
         model = deeplab.from_checkpoint(checkpoint, path, **options)
@@ -122,7 +126,7 @@ def train_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    criterion: CrossEntropy,
+    criterion: nn.Module,
     images: Tensor,
     masks: Tensor,
     amp: str = "none",
@@ -130,9 +134,9 @@ def train_step(
 ) -> Tensor:
     """One step on this process' part of a batch: normalised images (N, 3, H, W) and uint8 masks (N, H, W).
 
-    The loss is that of the whole batch, so that neither the number of processes nor `accum`, the number of
-    parts that are computed one after the other, changes it. Returns this process' share of it, a scalar on
-    its device; the shares add up."""
+    The loss, see `commands.losses`, is that of the whole batch, so that neither the number of processes nor
+    `accum`, the number of parts that are computed one after the other, changes it. Returns this process'
+    share of it, a scalar on its device; the shares add up."""
     total = criterion.total(masks)
     if WORLD > 1:
         dist.all_reduce(total)
@@ -145,7 +149,7 @@ def train_step(
         with net.no_sync() if WORLD > 1 and i < parts else nullcontext():
             with deeplab.autocast(images.device, amp):
                 logits = net(x)
-            loss = criterion(logits, y) / total
+            loss = (criterion(logits, y) / total).sum()
             scaler.scale(loss * WORLD).backward()
         loss_sum = loss_sum + loss.detach()
     scaler.step(optimizer)
@@ -153,23 +157,11 @@ def train_step(
     return loss_sum
 
 
-def make_criterion(args: argparse.Namespace, dataset: SegmentationDataset) -> CrossEntropy:
-    """The loss, with the weights of --class_weights; "auto" counts the pixels of all masks. Raises UserError
-    if there is not a weight for each class."""
-    weights, classes = args.class_weights, dataset.classes
-    if not weights:
-        return CrossEntropy()
-    if weights == ["auto"]:
-        counts = count_labels(dataset, range(len(dataset))[RANK::WORLD], "counting pixels")
-        if WORLD > 1:
-            dist.all_reduce(torch.from_numpy(counts))
-        weights = median_frequency(counts, len(classes))
-    if len(weights) != len(classes):
-        given = f"--class_weights has {len(weights)} numbers for {len(classes)} classes"
-        raise UserError(f"{given}: {', '.join(classes)}")
-    shown = (f"{name} {float(weight):.3g}" for name, weight in zip(classes, weights, strict=True))
-    print(f"weights of the classes in the loss: {', '.join(shown)}")
-    return CrossEntropy(torch.tensor([float(weight) for weight in weights]))
+def make_criterion(args: argparse.Namespace, dataset: SegmentationDataset) -> nn.Module:
+    """The loss that the flags ask for. Raises UserError if there is not a weight for each class."""
+    weights = class_weights(args.class_weights, dataset)
+    cross_entropy = CrossEntropy(weights, args.top_k, args.label_smoothing)
+    return WithDice(cross_entropy, args.dice) if args.dice else cross_entropy
 
 
 def make_batches(
@@ -224,6 +216,7 @@ def start(
     model.place(device)
     if args.compile:
         model.compile(dynamic=False)
+    torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
     training = Training(model, optimizer, scaler, batches.length, batches.per_epoch, vars(args))
@@ -257,6 +250,16 @@ def report(row: dict, mean_iou: float | None, bar: tqdm, args: argparse.Namespac
         left = timedelta(seconds=round((bar.total - row["iteration"]) * args.batch_size / rate))
         progress = f"epoch {row['epoch']}/{args.epochs}, iteration {row['iteration']}/{bar.total}"
         print(f"{progress}, {status}, {left} left", flush=True)
+
+
+def out_of_patience(args: argparse.Namespace, state: Training) -> bool:
+    """Whether so many validations as --patience allows were none the best; says so."""
+    if not args.patience or state.waited < args.patience:
+        return False
+    print(
+        f"{state.waited} validations were no better than that after epoch {state.best.epoch}: training stops"
+    )
+    return True
 
 
 def share_gradients(model: DeepLabv3, batches: TrainBatches, val_set: SegmentationDataset) -> nn.Module:
@@ -296,7 +299,7 @@ def validate(
 
 def open_run(
     args: argparse.Namespace, device: torch.device
-) -> tuple[Run, Training, TrainBatches, CrossEntropy, SegmentationDataset, SegmentationDataset]:
+) -> tuple[Run, Training, TrainBatches, nn.Module, SegmentationDataset, SegmentationDataset]:
     """What a run of --train is made of: its names, state, batches, loss, and the sets to train on and to
     validate. Raises UserError if one of them cannot be had."""
     options, initial, reading = model_options(args), args.init and checkpoints.read(args.init), AS_STORED
@@ -324,8 +327,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     batches.start, model, optimizer = first, state.model, state.optimizer
     net = share_gradients(model, batches, val_set) if WORLD > 1 else model
     amp = machine.number_format(args.amp, True, device)
-    torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
-    log = RunLog(run, state, args.tensorboard) if RANK == 0 else None
+    log = RunLog(run, state, args.tensorboard, args.plots) if RANK == 0 else None
+    if WORLD > 1:  # the others have no log
+        state.validations = machine.of_first_process(state.validations)
+    if out_of_patience(args, state):
+        return
     loaded = datasets.load_batches(train_set, batches, args.workers, device)
     bar = tqdm(loaded, total=max_iter, initial=first, disable=True if RANK else None, dynamic_ncols=True)
     model.train()
@@ -335,7 +341,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr * args.last_mult
         x = model.normalize(images, sizes)
         loss_sum += train_step(net, optimizer, state.scaler, criterion, x, masks, amp, args.accum)
-
         done, stops = iteration + 1, utils.stop_asked()
         epochs_done, within = divmod(done, per_epoch)
         validates = done == max_iter or (not within and epochs_done % args.save_every == 0)
@@ -362,15 +367,22 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             row["val_mean_iou"] = mean_iou
             state.note_validation(epochs_done, mean_iou)
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
-            bar.set_postfix_str(f"mean IoU {percent(mean_iou)}")
             if log:
                 log.write(row, picture)
                 run.prune(path, args.keep, state.best)
-                if args.plots:
-                    pictures.plot_run(f"data/{run.name}.png", log.rows())
+            if out_of_patience(args, state):
+                break
         loss_sum, logged, began = 0, done, time.perf_counter()
     if log:
         log.close()
+    print_end(run, state, device)
+
+
+def print_end(run: Run, state: Training, device: torch.device) -> None:
+    """Print what a run ends with: its best checkpoint, if that is not the last, and the memory it took."""
+    if state.waited:
+        found = f"epoch {state.best.epoch} had the best validation, mean IoU {percent(state.best.mean_iou)}"
+        print(f"{found}: --best takes {run.checkpoint(state.best.epoch)}")
     if device.type == "cuda":
         print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 

@@ -90,6 +90,7 @@ def make_parser() -> Parser:
     add("--resume", metavar="PATH", help="continue this checkpoint; `auto`: the newest of --exp, if any")
     add("--init", metavar="PATH", help="start from these weights, without the classifier if classes differ")
     add("--checkpoint", metavar="PATH", help="evaluate this file, or predict with it")
+    add("--best", action=yes, help="take the checkpoint of --exp with the best validation, not the newest")
     add("--out", metavar="DIR", default="data/predictions", help="where --predict writes")
     add("--url", help="mirror for one --download NAME: address of its file or of its folder")
 
@@ -149,6 +150,16 @@ def make_parser() -> Parser:
         nargs="+",
         help="weights of the classes in the loss; auto: median frequency",
     )
+    add(
+        "--top_k",
+        type=float,
+        metavar="SHARE",
+        default=1.0,
+        help="learn from the share of each image's pixels that have the highest loss",
+    )
+    add("--dice", type=float, metavar="W", default=0.0, help="add W times (1 - Dice) to the loss")
+    add("--label_smoothing", type=float, metavar="E", default=0.0, help="share of the target for all classes")
+    add("--color_jitter", type=float, metavar="S", default=0.0, help="vary colours by up to this share")
     add("--scratch", action=switch, default=False, help="do not start from ImageNet weights")
     add("--freeze_bn", action=yes, help="keep BatchNorm's statistics, scale and shift as they are")
     add("--seed", type=int, default=0, help="the same seed gives the same run, on the CPU to the bit")
@@ -162,6 +173,7 @@ def make_parser() -> Parser:
         help="keep the N newest checkpoints and the best one, delete others",
         metavar="N",
     )
+    add("--patience", type=positive, help="stop after N validations without a better one", metavar="N")
     add("--log_every", type=positive, default=10, help="iterations between rows of the log")
     add("--plots", action=yes, help="draw the log as curves (needs matplotlib)")
     add("--tensorboard", action=yes, help="write the log and samples for TensorBoard")
@@ -290,6 +302,14 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--export writes for any machine, in float32: leave out --device, --amp and --compile")
     if args.plots and not args.train:
         parser.error("--plots draws a training run: leave it out (an evaluation writes report.html)")
+    if args.best and (not args.exp or args.checkpoint or args.epochs or args.train or args.check):
+        parser.error("--best picks a checkpoint of --exp: leave out --train, --check, --checkpoint, --epochs")
+    validations = math.ceil((args.epochs or 0) / args.save_every)
+    if args.patience and not args.train:
+        parser.error("--patience goes with --train")
+    if args.patience and args.patience >= validations:
+        given = f"{args.epochs} epochs have {validations} validations, one every {args.save_every} epochs"
+        parser.error(f"--patience {args.patience} would never stop: {given}; lower --save_every")
     if args.train and args.split:
         parser.error("--split is for evaluation: training reads train, and validates on val")
     if args.train and args.checkpoint:
@@ -329,6 +349,14 @@ def check_values(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--gpu numbers the device cuda, but --device is {args.device}: leave one of them out")
     if WORLD > 1 and args.gpu is not None:
         parser.error("--gpu is for one process: torchrun gives each its own, of CUDA_VISIBLE_DEVICES")
+    if not 0 < args.top_k <= 1:
+        parser.error("--top_k is the share of pixels to learn from, above 0 and up to 1: 0.25, say")
+    if not 0 <= args.dice < math.inf:
+        parser.error("--dice is a weight from 0: 1, say")
+    if not 0 <= args.label_smoothing < 1:
+        parser.error("--label_smoothing is from 0 to below 1: 0.1, say")
+    if not 0 <= args.color_jitter < 1:
+        parser.error("--color_jitter is from 0 to below 1: 0.4, say")
     if args.class_weights not in (None, ["auto"]) and not all(map(is_positive, args.class_weights)):
         parser.error("--class_weights are positive numbers, one for each class, or auto")
     if args.dataset == "custom" and not args.data_root and not (args.predict or args.download):

@@ -72,3 +72,10 @@ def check_agreement(values: dict) -> None:
         if any(other != value for other in others):
             found = f"the processes do not start alike ({name}: {', '.join(map(str, others))})"
             raise UserError(f"{found}: each machine needs the same flags, data and checkpoints")
+
+
+def of_first_process(value: object) -> object:
+    """The value of the first of the processes, in all of them."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 from urllib.error import URLError
@@ -44,7 +44,7 @@ FLAG_NAMES = {
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Flags whose change in a resumed run is printed.
 RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_lr", "last_mult", "freeze_bn"]
-RUN_FLAGS += ["seed", "class_weights"]
+RUN_FLAGS += ["seed", "class_weights", "top_k", "dice", "label_smoothing", "color_jitter"]
 
 
 def file_name(name: str) -> str:
@@ -379,7 +379,7 @@ class Training:
         flags: of the run, by name.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
-        best: the best epoch so far.
+        validations: the mean IoU after each epoch that was validated.
         resumed: the checkpoint that the run continues.
     """
 
@@ -391,8 +391,24 @@ class Training:
     flags: dict
     epoch: int = 0
     iteration: int = 0
-    best: Best | None = None
+    validations: dict[int, float] = field(default_factory=dict)
     resumed: Resumed | None = None
+
+    @property
+    def best(self) -> Best | None:
+        """The first of the best validations, if there is one."""
+        found = (Best(*item) for item in sorted(self.validations.items()))
+        return max(found, key=lambda best: best.mean_iou, default=None)
+
+    @property
+    def waited(self) -> int:
+        """The number of validations since the best one."""
+        return sum(epoch > self.best.epoch for epoch in self.validations)
+
+    def note_validation(self, epoch: int, mean_iou: float | None) -> None:
+        """Keep a mean IoU; None, of a data set without a labelled pixel, says nothing."""
+        if mean_iou is not None:
+            self.validations[epoch] = mean_iou
 
     def save(self, path: str) -> None:
         """Write a checkpoint, from which `deeplab.load` makes the model again. Raises UserError if the disk
@@ -402,7 +418,7 @@ class Training:
             "iteration": self.iteration,
             "images": self.images,
             "per_epoch": self.per_epoch,
-            "best": tuple(self.best) if self.best else None,
+            "validations": self.validations,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "flags": self.flags,
@@ -430,12 +446,13 @@ class Training:
             images, per_epoch = (
                 int(checkpoint.get(key, getattr(self, key))) for key in ("images", "per_epoch")
             )
-            self.epoch, best = int(checkpoint["epoch"]), checkpoint.get("best")
+            self.epoch, best = int(checkpoint["epoch"]), checkpoint.get("best")  # of earlier versions
             iteration = int(checkpoint.get("iteration", self.epoch * per_epoch))
             self.resumed = Resumed(path, iteration, per_epoch)
             iteration = iteration * self.per_epoch // per_epoch
             self.iteration = max(iteration, self.epoch * self.per_epoch)
-            self.best = best and Best(int(best[0]), float(best[1]))
+            validations = checkpoint.get("validations", {best[0]: best[1]} if best else {})
+            self.validations = {int(epoch): float(value) for epoch, value in validations.items()}
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
         if changed:
@@ -449,11 +466,6 @@ class Training:
             now = f"{self.images} images in {self.per_epoch} iterations"
             before = f"{images} images in {per_epoch} iterations as before"
             print(f"an epoch is {now}, not {before}: the run continues at the same fraction of it")
-
-    def note_validation(self, epoch: int, mean_iou: float | None) -> None:
-        """Take the epoch for the best if it is."""
-        if mean_iou is not None and (self.best is None or mean_iou > self.best.mean_iou):
-            self.best = Best(epoch, mean_iou)
 
     def load_momentum(self, state: dict) -> None:
         """Take the momentum from an optimizer's state dict, and nothing else: its options may be another's.

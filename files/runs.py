@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from files.checkpoints import Best, Training
+from files.pictures import plot_run
 from files.whole import free_name, lock, write_whole
 from utils import UserError
 
@@ -69,16 +70,34 @@ class Run(NamedTuple):
             with suppress(FileNotFoundError):
                 os.remove(saved.path)
 
+    def best(self) -> Saved:
+        """The checkpoint of the best validation in the log. Raises UserError if there is none."""
+        log, rows = f"data/{self.name}.csv", []
+        if os.path.exists(log):
+            with open(log, "rb") as file:
+                rows = [row for row in parse_rows(file.read())[0] if row["val_mean_iou"]]
+        if not rows:
+            raise UserError(f"--best: no validation is in {log}; without --best the newest is taken")
+        row = max(rows, key=lambda row: float(row["val_mean_iou"]))
+        found = [saved for saved in self.saved() if saved[:2] == (row["epoch"], 0)]
+        if not found:
+            path = self.checkpoint(row["epoch"])
+            raise UserError(f"--best: {path} had the best validation, and is not there")
+        return found[0]
 
-def find_checkpoint(backbone: str | None, dataset: str, exp: str, epoch: int | None) -> str:
-    """The checkpoint of an experiment after `epoch` epochs, or the newest; without `backbone`, on any.
-    Raises UserError if there is none, or if several backbones have one."""
+
+def find_checkpoint(
+    backbone: str | None, dataset: str, exp: str, epoch: int | None, best: bool = False
+) -> str:
+    """The checkpoint of an experiment after `epoch` epochs, or that of the best validation, or the newest;
+    without `backbone`, on any. Raises UserError if there is none, or if several backbones have one."""
     pattern = rf"data/deeplab_(.+)_{dataset}_v3_{re.escape(exp)}_epoch\d+(_iter\d+)?\.pth"
     matches = [re.fullmatch(pattern, path) for path in glob("data/*.pth")]
     backbones = [backbone] if backbone else sorted({match[1] for match in matches if match})
     found = []
     for name in backbones:
-        saved = Run(name, dataset, exp).saved()
+        run = Run(name, dataset, exp)
+        saved = [run.best()] if best else run.saved()
         found += [item.path for item in saved if epoch is None or item[:2] == (epoch, 0)][-1:]
     if len(found) > 1:
         raise UserError(f"--exp {exp} has {' and '.join(found)}: choose one by --backbone")
@@ -105,20 +124,21 @@ def checkpoint_place(path: str) -> tuple[int, int]:
 
 
 class RunLog:
-    """The rows of data/NAME.csv, and with `tensorboard` the same for TensorBoard in data/runs/NAME.
+    """The rows of data/NAME.csv; with `plots` their curves in data/NAME.png after each validation, and with
+    `tensorboard` the same for TensorBoard in data/runs/NAME.
 
     What lies in data/ under the name of a run is that run's: its start moves to data/old/EXP-N what an
     earlier run has left, and what lies beyond the checkpoint that it continues. A row tells its place in the
     run by `iteration` / `per_epoch`, whatever the batch size and the list were before. Raises UserError if
     another process writes this log, or TensorBoard is asked for and not installed."""
 
-    def __init__(self, run: Run, training: Training, tensorboard: bool):
+    def __init__(self, run: Run, training: Training, tensorboard: bool, plots: bool = False):
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("--tensorboard needs a package: pip install tensorboard") from error
-        self.run, self.training, self.board = run, training, None
+        self.run, self.training, self.plots, self.board = run, training, plots, None
         self.iteration = self.offset = 0  # of the last row
         os.makedirs("data", exist_ok=True)
         self.file = open(f"data/{run.name}.csv", "ab+")  # noqa: SIM115, open for as long as the run
@@ -191,11 +211,9 @@ class RunLog:
             if samples:
                 self.board.add_image("samples", np.array(samples), row["iteration"], dataformats="HWC")
             self.board.flush()
-
-    def rows(self) -> list[dict]:
-        """All rows so far, those of the run that this one continues, too; see `read_rows`."""
-        self.file.seek(0)
-        return read_rows(self.file.read(), self.file.name)
+        if self.plots and again:
+            self.file.seek(0)
+            plot_run(f"data/{self.run.name}.png", read_rows(self.file.read(), self.file.name))
 
     def close(self) -> None:
         self.file.close()

@@ -116,8 +116,10 @@ def input_rows(dataset: SegmentationDataset) -> list[tuple]:
     """Whole batches, as a worker of the loader makes them."""
     rng, dataset = np.random.default_rng(0), copy.copy(dataset)
     dataset.crop_size = SIZE
+    jittered = copy.copy(dataset)
+    jittered.color_jitter = 0.4
 
-    def ours():
+    def ours(dataset: SegmentationDataset = dataset):
         epoch = int(rng.integers(1 << 30))
         dataset.collate([dataset[epoch, i] for i in range(len(dataset))])
 
@@ -126,10 +128,16 @@ def input_rows(dataset: SegmentationDataset) -> list[tuple]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    a, b, ratio = compare(ours, plain, 9, lambda: None)
+    pairs = {
+        "training samples per core": (ours, plain),
+        "training samples per core, with --color_jitter and without": (partial(ours, jittered), ours),
+    }
+    rows = []
+    for what, pair in pairs.items():
+        a, b, ratio = compare(*pair, 9, lambda: None)
+        rows.append((what, f"{len(dataset) / a:.0f} /s", f"{len(dataset) / b:.0f} /s", ratio))
     torch.set_num_threads(threads)
-    n = len(dataset)
-    return [("training samples per core", f"{n / a:.0f} /s", f"{n / b:.0f} /s", ratio)]
+    return rows
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Reading samples, the augmentation's distribution, batches, the embedded data set, and what is wrong with
 lists."""
 
+import colorsys
 import os
 import shutil
 import zlib
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import damage, make_list_dataset, memory, move_to_the_end, needs_proc, one_line
 from PIL import Image, PngImagePlugin
+from torchvision.transforms.v2 import functional
 
 from commands.check import drop_bad
 from datasets import (
@@ -20,6 +22,7 @@ from datasets import (
     Shapes,
     TrainBatches,
     VOCSegmentation,
+    jitter_colors,
     load_batches,
     random_crop,
 )
@@ -491,3 +494,70 @@ def test_10000_images_by_any_number_of_workers(many):
         assert len(os.listdir("/proc/self/fd")) < files + 10  # and 625 batches have come
     assert i == 624 and len(set(hashes)) == 1
     assert all(grown < 20 for grown in growth.values()), growth
+
+
+class Draws:
+    """A random generator that draws these: brightness, contrast, saturation, turn of the hue."""
+
+    def __init__(self, *factors):
+        self.factors = factors
+
+    def uniform(self, low, high, size=None):
+        return np.array(self.factors[:3]) if size else self.factors[3]
+
+
+@pytest.mark.parametrize(
+    ("factors", "largest", "mean"),
+    [
+        ((1, 1, 1, 0), 0, 0),
+        ((1.2, 1, 1, 0), 1, 0.7),
+        ((1, 0.7, 1, 0), 2, 1),  # of a mean that a 64th of the pixels tells
+        ((1, 1, 0.5, 0), 1, 0.7),
+        ((0.8, 1.2, 1.3, 0), 3, 1.5),  # torchvision rounds three times
+    ],
+)
+def test_colors_are_jittered_as_by_torchvision(factors, largest, mean):
+    coarse = np.random.default_rng(0).integers(90, 150, (6, 7, 3), dtype=np.uint8)
+    image = np.array(Image.fromarray(coarse).resize((97, 83), Image.Resampling.BICUBIC))
+    image = torch.from_numpy(image).permute(2, 0, 1)
+    expected, (brightness, contrast, saturation, _) = image, factors
+    expected = functional.adjust_brightness(expected, brightness)
+    expected = functional.adjust_contrast(expected, contrast)
+    expected = functional.adjust_saturation(expected, saturation)
+    difference = (jitter_colors(image, 0.5, Draws(*factors)).int() - expected.int()).abs()
+    assert difference.max() <= largest and difference.float().mean() <= mean
+
+
+@pytest.mark.parametrize(
+    "color", [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (150, 140, 80)]
+)
+@pytest.mark.parametrize("turn", [-0.9, -0.3, 0.3, 0.9])
+def test_hue_is_turned_as_in_hsv(color, turn):
+    """To a hundredth of the circle; as in HSV, grey stays grey."""
+    image = torch.tensor(color, dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    hues = []
+    for turned in (functional.adjust_hue(image, turn / 10), jitter_colors(image, 0.5, Draws(1, 1, 1, turn))):
+        hues.append(colorsys.rgb_to_hsv(*turned[:, 0, 0].tolist())[0])
+    assert abs((hues[1] - hues[0] + 0.5) % 1 - 0.5) < 0.01
+    grey = torch.full((3, 8, 8), 77, dtype=torch.uint8)
+    assert torch.equal(jitter_colors(grey, 0.5, Draws(1, 1, 1, turn)), grey)
+
+
+def test_color_jitter_changes_colors_alone(tmp_path):
+    """Drawn after the crop, within the factors, another one for each epoch; grey stays grey but for its
+    contrast and brightness."""
+    root = make_list_dataset(tmp_path / "set")
+    plain, jittered = (ListSegmentation(root, "train", 33, seed=3) for _ in range(2))
+    jittered.color_jitter = 0.4
+    for epoch in range(3):
+        (image, mask), (varied, same) = plain[epoch, 0], jittered[epoch, 0]
+        assert torch.equal(mask, same) and image.shape == varied.shape and not torch.equal(image, varied)
+        assert torch.equal(varied, jittered[epoch, 0][0])
+        assert not torch.equal(varied, jittered[epoch + 1, 0][0])
+    grey = torch.arange(0, 200, dtype=torch.uint8).view(1, 10, 20).expand(3, -1, -1)
+    for seed in range(20):
+        varied = jitter_colors(grey, 0.4, np.random.default_rng(seed)).int()
+        assert (varied.amax(0) - varied.amin(0)).max() <= 1 and (varied[0].diff() >= 0).all()
+    white = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    found = {jitter_colors(white, 0.3, np.random.default_rng(s))[0, 0, 0].item() for s in range(300)}
+    assert 70 <= min(found) < 74 and 126 < max(found) <= 130

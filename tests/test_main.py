@@ -75,7 +75,20 @@ def test_train_evaluate_and_the_files_they_write(cli, small, tmp_path):
 
 def test_same_seed_same_run_whatever_the_workers(cli, small, tmp_path):
     for exp, seed, workers in (("a", 0, 0), ("b", 0, 2), ("c", 1, 0)):
-        flags = ["--exp", exp, "--epochs", 1, *small, *ASPP, "--seed", seed, "--workers", workers]
+        flags = [
+            "--exp",
+            exp,
+            "--epochs",
+            1,
+            *small,
+            *ASPP,
+            "--color_jitter",
+            0.4,
+            "--seed",
+            seed,
+            "--workers",
+            workers,
+        ]
         assert cli("--train", *flags)[0] == 0
     a, b, c = (tmp_path / f"data/deeplab_tiny_custom_v3_{exp}_epoch1.pth" for exp in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
@@ -97,8 +110,8 @@ def test_class_weights(cli, small, tmp_path, monkeypatch):
     given = []
 
     class Noting(main.CrossEntropy):
-        def __init__(self, class_weights=None):
-            super().__init__(class_weights)
+        def __init__(self, class_weights, *options):
+            super().__init__(class_weights, *options)
             given.append(class_weights)
 
     monkeypatch.setattr(main, "CrossEntropy", Noting)

@@ -17,7 +17,7 @@ from processes import narrow
 from torch import nn
 
 import main
-from files import checkpoints, pictures, runs
+from files import checkpoints, runs
 from files.checkpoints import Best, Resumed, Training
 from files.images import AS_STORED
 from files.runs import COLUMNS, Run, RunLog, find_checkpoint
@@ -698,8 +698,8 @@ def test_log_tells_tensorboard_each_thing_once(tmp_path, monkeypatch):
     row = {"epoch": 1, "iteration": 7, "lr": 0.1, "loss": 2.0, "images_per_second": 3.0, "per_epoch": 7}
     log.write(row)
     log.write({**row, "val_mean_iou": 0.5})
-    assert [row["val_mean_iou"] for row in log.rows()] == ["0.5"]  # the row is there once, too
     log.close()
+    assert [row["val_mean_iou"] for row in read_log()] == ["0.5"]  # the row is there once, too
     names = ["lr", "loss", "images_per_second", "val_mean_iou"]
     assert written == list(zip(names, [0.1, 2.0, 3.0, 0.5], [7] * 4, strict=True))
 
@@ -719,18 +719,89 @@ def test_tensorboard(cli, smallest):
 def test_plot_of_a_run(cli, smallest, monkeypatch):
     """Drawn at each validation, of all rows: those before a stop, too."""
     pytest.importorskip("matplotlib")
-    drawn, draw = [], pictures.plot_run
+    drawn, draw = [], runs.plot_run
 
     def counted(path, rows):
         drawn.append((path, len(rows)))
         draw(path, rows)
 
-    monkeypatch.setattr(pictures, "plot_run", counted)
+    monkeypatch.setattr(runs, "plot_run", counted)
     flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--plots"]
     assert cli(*flags, "--epochs", 2)[0] == 0
     assert cli(*flags, "--epochs", 3, "--resume", "auto")[0] == 0
     assert drawn == [(f"data/{NAME}.png", count) for count in (1, 2, 3)]
     assert Image.open(drawn[0][0]).size == (800, 800)
+
+
+def validations(monkeypatch, values):
+    """Let the validations of runs give these mean IoUs, one after the other."""
+    values = iter(values)
+    monkeypatch.setattr(main, "validate", lambda *args: (next(values), None))
+
+
+def test_patience_and_best(cli, smallest, monkeypatch):
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--epochs", 6, "--patience", 2]
+    validations(monkeypatch, [0.2, 0.5, 0.4, 0.5])  # as good is not better
+    status, out, _ = cli(*flags)
+    assert status == 0 and "2 validations were no better than that after epoch 2: training stops\n" in out
+    assert f"epoch 2 had the best validation, mean IoU 50.00: --best takes {STEM}2.pth\n" in out
+    assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 2, 3, 4]
+    # The waiting is over for a resumed run, too; with more patience it goes on, and knows the best.
+    before = Path(LOG).read_bytes()
+    status, out, _ = cli(*flags, "--resume", "auto")
+    assert status == 0 and "training stops" in out and Path(LOG).read_bytes() == before
+    validations(monkeypatch, [0.45, 0.6])
+    status, out, _ = cli(*flags, "--resume", "auto", "--patience", 4)
+    assert status == 0 and "training stops" not in out and "--best" not in out  # the last is the best
+    assert Run("tiny", "custom", "x").best().path == f"{STEM}6.pth"
+    # Back at epoch 3, what came later is forgotten.
+    validations(monkeypatch, [0.3])
+    status, out, _ = cli(*flags, "--resume", f"{STEM}3.pth")
+    assert status == 0 and "2 validations were no better than that after epoch 2" in out
+
+
+def test_patience_without_the_log(cli, smallest, monkeypatch):
+    """The checkpoint knows the validations before it."""
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--epochs", 6, "--patience", 3]
+    validations(monkeypatch, [0.5, 0.4, 0.3, 0.2])
+    assert cli(*flags)[0] == 0
+    os.remove(LOG)
+    validations(monkeypatch, [0.1])
+    status, out, _ = cli(*flags, "--resume", f"{STEM}4.pth")
+    assert status == 0 and "3 validations were no better than that after epoch 1" in out
+
+
+def test_best_checkpoint_is_evaluated_predicted_and_exported(cli, smallest, monkeypatch):
+    flags = ["--exp", "x", *smallest]
+    with monkeypatch.context() as patch:
+        validations(patch, [0.2, 0.5, 0.4])
+        assert cli("--train", *flags, "--save_every", 1, "--epochs", 3)[0] == 0
+    assert find_checkpoint(None, "custom", "x", None) == f"{STEM}3.pth"
+    image = next(Path(smallest[smallest.index("--data_root") + 1]).glob("images/*"))
+    for command in ([], ["--predict", image], ["--export", "net.pth"]):
+        status, out, _ = cli(*command, *flags, "--best")
+        assert status == 0 and f"{STEM}2.pth" in out and f"{STEM}3.pth" not in out
+    os.remove(f"{STEM}2.pth")
+    status, _, err = cli(*flags, "--best")
+    assert status == 1 and one_line(err) and f"{STEM}2.pth had the best validation, and is not there" in err
+    Path(LOG).write_bytes(HEADER + b"\r\n")
+    status, _, err = cli(*flags, "--best")
+    assert status == 1 and one_line(err) and f"no validation is in {LOG}" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--best", "--checkpoint", "a.pth"], "--best"),
+        (["--best", "--exp", "x", "--epochs", 3], "--best"),
+        (["--best", "--exp", "x", "--train"], "--best"),
+        (["--patience", 1, "--exp", "x"], "--patience goes with --train"),
+        (["--patience", 3, "--exp", "x", "--train"], "30 epochs have 3 validations"),
+    ],
+)
+def test_best_and_patience_that_have_no_meaning(cli, flags, message):
+    status, _, err = cli(*flags)
+    assert status == 2 and one_line(err) and message in err
 
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=1); input()"
