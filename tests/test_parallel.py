@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def test_two_processes_train_and_evaluate(cli, tmp_path):
     one, two = ({**files, "report.html": without_date(files["report.html"])} for files in (one, two))
     counts = [json.loads(files.pop("metrics.json"))["confusion"] for files in (one, two)]
     assert counts[0] == counts[1] and one == two
+
+
+def test_two_processes_lose_patience_together(tmp_path):
+    """At a learning rate of 0 no validation is better than the first. Only the first process has the log."""
+    root, folders = make_list_dataset(tmp_path / "set", val=5), [tmp_path, tmp_path / "other"]
+    flags = [
+        "--train",
+        "--exp",
+        "x",
+        "--epochs",
+        5,
+        "--dataset",
+        "custom",
+        "--data_root",
+        root,
+        *SMALL,
+        *NETWORK,
+    ]
+    flags += ["--base_lr", 0, "--save_every", 1, "--patience", 2, "--top_k", 0.5, "--dice", 1]
+    for resume in ([], ["--resume", "auto"]):
+        assert end(*start_ranks(folders, *flags, *resume)) == [0, 0]
+        assert text(tmp_path / "err0") == text(tmp_path / "other/err1") == ""
+        out = text(tmp_path / "out0")
+        assert out.count("2 validations were no better than that after epoch 1: training stops") == 1
+        (tmp_path / "other/data").mkdir(exist_ok=True)
+        for path in (tmp_path / "data").glob("*.pth"):  # the other machine has the checkpoints, too
+            shutil.copy(path, tmp_path / "other/data")
+    assert sorted(path.name for path in (tmp_path / "data").glob("*.pth")) == [
+        f"deeplab_tiny_custom_v3_x_epoch{epoch}.pth" for epoch in (1, 2, 3)
+    ]
 
 
 def test_processes_that_cannot_find_each_other(smallest, tmp_path):
