@@ -256,9 +256,8 @@ def out_of_patience(args: argparse.Namespace, state: Training) -> bool:
     """Whether so many validations as --patience allows were none the best; says so."""
     if not args.patience or state.waited < args.patience:
         return False
-    print(
-        f"{state.waited} validations were no better than that after epoch {state.best.epoch}: training stops"
-    )
+    found = f"{state.waited} validations were no better than that after epoch {state.best.epoch}"
+    print(f"{found}: training stops")
     return True
 
 
@@ -322,8 +321,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     run, state, batches, criterion, train_set, val_set = open_run(args, device)
     first, max_iter, per_epoch = state.iteration, batches.max_iter, batches.per_epoch
     if first >= max_iter:
-        print(f"all {args.epochs} epochs are done: nothing is left to train")
-        return
+        return print(f"all {args.epochs} epochs are done: nothing is left to train")
     batches.start, model, optimizer = first, state.model, state.optimizer
     net = share_gradients(model, batches, val_set) if WORLD > 1 else model
     amp = machine.number_format(args.amp, True, device)
@@ -373,6 +371,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             if out_of_patience(args, state):
                 break
         loss_sum, logged, began = 0, done, time.perf_counter()
+    bar.close()
     if log:
         log.close()
     print_end(run, state, device)
