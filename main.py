@@ -219,7 +219,7 @@ def start(
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
-    training = Training(model, optimizer, scaler, batches.length, batches.per_epoch, vars(args))
+    training = Training(model, optimizer, scaler, len(data), batches.per_epoch, vars(args), data.labels)
     if resume:
         training.resume(resume)
         print(f"resumed from {resume}: iteration {training.iteration} of {batches.max_iter}")

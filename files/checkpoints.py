@@ -20,10 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model_weights
 
 from files.images import AS_STORED, Reading
-from files.masks import VOC_CLASSES
+from files.masks import VOC_CLASSES, Labels
 from files.pictures import Palette, voc_palette
 from files.whole import write_whole
-from utils import UserError
+from utils import IGNORE_INDEX, UserError
 
 IMAGENET_GN_WS = "R-101-GN-WS.pth.tar"  # ResNet-101 with GN+WS, from the Weight Standardization authors
 # The backbones by the number of blocks in layer3 and the shape of layer1.0.conv2.weight.
@@ -141,8 +141,8 @@ def load_imagenet(model: nn.Module) -> None:
 
 
 def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
-    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing or has another
-    shape."""
+    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing or as
+    `check_tensor`."""
     # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
     fresh = "conv1." if model.config["beta"] and "conv1.weight" in source else "-"
     own = {k: v for k, v in model.trunk.state_dict().items() if not k.startswith(fresh)}
@@ -152,6 +152,8 @@ def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
         raise UserError(
             f"{path}: {len(missing)} of the trunk's {len(own)} tensors are not in it: {missing[0]}"
         )
+    for key, tensor in own.items():
+        check_tensor(source, key, tensor, path)
     model.trunk.load_state_dict({key: source[key] for key in own}, strict=False)
 
 
@@ -243,6 +245,23 @@ def differing_flags(config: dict, checkpoint: dict, path: str) -> list[str]:
     return sorted(differing)
 
 
+def check_tensor(state: dict[str, Tensor], key: str, expected: Tensor, path: str) -> None:
+    """Raises UserError if a tensor is missing, or its shape, type or values cannot be those of a weight."""
+    found = state.get(key)
+    if found is None or found.shape != expected.shape:
+        shown = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+        raise UserError(f"{path}: {key} {shown}, expected {tuple(expected.shape)}")
+    if found.is_meta:
+        raise UserError(f"{path}: {key} has a shape, but no values: load the model before it is saved")
+    if found.dtype not in (*FLOATS, expected.dtype) or found.layout != torch.strided:
+        layout = "" if found.layout == torch.strided else f" in {found.layout}"
+        raise UserError(f"{path}: {key} is of type {found.dtype}{layout}, expected {expected.dtype}")
+    if not found.isfinite().all():
+        raise UserError(f"{path}: {key} holds values that are not finite")
+    if key.endswith("running_var") and found.min() < 0:
+        raise UserError(f"{path}: {key}, a variance, is negative")
+
+
 def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     """Load all of a checkpoint of `read` into a `DeepLabv3`.
 
@@ -255,14 +274,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     for key, tensor in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, tensor)
-        elif key not in state or state[key].shape != tensor.shape:
-            found = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
-            raise UserError(f"{path}: {key} {found}, expected {tuple(tensor.shape)}")
-        elif state[key].dtype not in FLOATS or state[key].layout != torch.strided:
-            layout = "" if state[key].layout == torch.strided else f" in {state[key].layout}"
-            raise UserError(f"{path}: {key} is of type {state[key].dtype}{layout}, expected {tensor.dtype}")
-        elif not state[key].isfinite().all():
-            raise UserError(f"{path}: {key} holds values that are not finite")
+        check_tensor(state, key, tensor, path)
     if unknown := [key for key in state if key not in expected]:
         raise UserError(f"{path}: {len(unknown)} tensors are not of this model, {unknown[0]} first")
     model.load_state_dict({key: state[file_name(key)] for key in model.state_dict()})
@@ -338,6 +350,17 @@ def compare_classes(names: Sequence[str], path: str, classes: Sequence[str]) -> 
     print(f"{path} was trained with other names of the classes: {', '.join(names)}")
 
 
+def compare_masks(saved: dict[str, int], path: str, labels: Labels) -> None:
+    """Raises UserError if a value or a colour in masks, see `Labels.meaning`, is another class than before;
+    some may be new, and some no longer there."""
+    now, names = labels.meaning(), dict(enumerate(labels.classes)) | {IGNORE_INDEX: "ignored"}
+    for pixel, label in saved.items():
+        if now.get(pixel, label) != label:
+            changed = f"in the masks {pixel} was {names[label]!r}, and now it is {names[now[pixel]]!r}"
+            hint = "change classes.txt back, or begin another run with --init"
+            raise UserError(f"{path}: {changed}: {hint}")
+
+
 class Best(NamedTuple):
     """The epoch of the highest validation mean IoU so far."""
 
@@ -377,6 +400,7 @@ class Training:
         scaler: of the loss, for fp16.
         images, per_epoch: length of an epoch in images and in iterations.
         flags: of the run, by name.
+        labels: what the pixels of the masks mean.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
         validations: the mean IoU after each epoch that was validated.
@@ -389,6 +413,7 @@ class Training:
     images: int
     per_epoch: int
     flags: dict
+    labels: Labels | None = None
     epoch: int = 0
     iteration: int = 0
     validations: dict[int, float] = field(default_factory=dict)
@@ -422,6 +447,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "flags": self.flags,
+            "masks": self.labels.meaning() if self.labels else {},
             **model_entries(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -438,6 +464,8 @@ class Training:
         compare_classes(checkpoint.get("classes", self.model.classes), path, self.model.classes)
         compare_reading(reading(checkpoint, path), path, self.model.reading)
         try:
+            if self.labels:
+                compare_masks(checkpoint.get("masks", {}), path, self.labels)
             self.load_momentum(checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint.get("scaler"):
                 self.scaler.load_state_dict(checkpoint["scaler"])

@@ -73,6 +73,12 @@ class Labels:
         values = values.astype(np.uint8) if values.dtype == bool else values
         return self.look_up(values, self.values, 256 if values.dtype == np.uint8 else 1 << 16, path)
 
+    def meaning(self) -> dict[str, int]:
+        """The label of each value and each colour, such as `value 7` and `colour 0 0 128`."""
+        values = {f"value {value}": label for value, label in self.values.items()}
+        colors = self.colors.items()
+        return values | {f"colour {c & 255} {c >> 8 & 255} {c >> 16}": label for c, label in colors}
+
     def goes_by_color(self, picture: Image.Image, path: str) -> bool:
         """Whether the colours of a palette mask tell the classes, and not the values of its pixels.
 

@@ -173,6 +173,8 @@ def spoil(kind: str, path: Path) -> None:
         state[key] = state[key].to(torch.float8_e4m3fn)
     elif kind == "sparse":
         state[key] = state[key].to_sparse()
+    elif kind == "no values":
+        state[key] = state[key].to("meta")
     elif kind == "lacks one":
         del state[key]
     elif kind == "one too many":

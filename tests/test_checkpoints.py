@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line, spoil
+from conftest import file_state, one_line, spoil
 from processes import narrow
 from test_runs import OFF, two_groups
 
@@ -65,6 +65,7 @@ def test_plain_pickle_that_would_run_code(cli, tmp_path):
         ("integers", "layer4.0.conv2.weight is of type torch.int32, expected torch.float32"),
         ("float8", "layer4.0.conv2.weight is of type torch.float8_e4m3fn, expected torch.float32"),
         ("sparse", "is of type torch.float32 in torch.sparse_coo, expected torch.float32"),
+        ("no values", "layer4.0.conv2.weight has a shape, but no values"),
         ("lacks one", "layer4.0.conv2.weight is missing"),
         ("one too many", "1 tensors are not of this model, more first"),
         ("another shape", "layer4.0.conv2.weight has shape (7, 8, 3, 3), expected (8, 8, 3, 3)"),
@@ -114,6 +115,26 @@ def test_file_that_is_no_checkpoint(tmp_path, monkeypatch, content, message):
         torch.save(content, "x.pth")
     with pytest.raises(UserError, match=message):
         deeplab.load("x.pth")
+
+
+def test_statistics_that_cannot_be(tmp_path):
+    """A negative variance gives NaN, of which argmax makes the first class; also where a trunk is alone."""
+    model = deeplab.build("tiny", False, 3, aspp_rates=[6], image_pooling=False)
+    state, path = file_state(model), str(tmp_path / "x.pth")
+    for key, value, message in (
+        ("running_var", -torch.ones(8), "layer1.0.bn1.running_var, a variance, is negative"),
+        ("running_mean", torch.ones(8) / 0, "layer1.0.bn1.running_mean holds values that are not finite"),
+        ("num_batches_tracked", torch.ones(3), "num_batches_tracked has shape"),
+    ):
+        torch.save({"state_dict": {**state, f"layer1.0.bn1.{key}": value}}, path)
+        with pytest.raises(UserError, match=message):
+            deeplab.load(path)
+        trunk = {k: v for k, v in torch.load(path)["state_dict"].items() if not k.startswith("aspp.")}
+        if key != "num_batches_tracked":
+            with pytest.raises(UserError, match=message):
+                checkpoints.init_weights(model, {"state_dict": trunk}, path)
+    torch.save({"state_dict": {key: tensor.half() for key, tensor in state.items()}}, path)
+    deeplab.load(path)  # the counts, too, which some programs halve
 
 
 def test_checkpoint_of_other_flags(cli, smallest, tmp_path):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import NETWORK, make_list_dataset, one_line, same_weights
@@ -459,6 +460,34 @@ def test_going_back_with_a_smaller_batch_forgets_the_abandoned_epoch(cli, smalle
     assert contents("data/old/x-1") == before
 
 
+@pytest.mark.parametrize("colored", [False, True])
+def test_masks_that_mean_something_else_are_not_resumed(cli, smallest, tmp_path, colored):
+    """Two classes whose values or colours change places keep their names and their order. New names, values
+    that are added, and checkpoints that do not tell, go on."""
+    colors = {0: (0, 0, 0), 1: (9, 9, 9), 2: (0, 80, 200)}
+    ends = [f" {' '.join(map(str, color))}" if colored else f" = {i}" for i, color in colors.items()]
+    for path in (tmp_path / "set/masks").iterdir() if colored else ():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.array(list(colors.values()), np.uint8)[mask]).save(path)
+    classes, flags = tmp_path / "set/classes.txt", ["--train", "--exp", "x", *smallest, "--resume", "auto"]
+
+    def write(names, ends, more=""):
+        classes.write_text("".join(f"{a}{b}\n" for a, b in zip(names, ends, strict=True)) + more)
+
+    write("abc", ends)
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    write("abc", [ends[0], ends[2], ends[1]])
+    status, _, err = cli(*flags, "--epochs", 2)
+    pixel = "colour 9 9 9" if colored else "value 1"
+    assert status == 1 and one_line(err)
+    assert f"{STEM}1.pth: in the masks {pixel} was 'b', and now it is 'c'" in err
+    before = torch.load(f"{STEM}1.pth")
+    torch.save({key: value for key, value in before.items() if key != "masks"}, f"{STEM}1.pth")
+    assert cli(*flags, "--epochs", 2)[0] == 0  # written by an earlier version
+    write("xbc", [ends[0], ends[2], ends[1]], "ignore = 77\n")
+    assert cli(*flags, "--epochs", 3)[0] == 0
+
+
 def test_list_that_grew(cli, smallest, tmp_path):
     """The run continues at the same fraction of its schedule, and no epoch that is done is written again."""
     flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--epochs"]
@@ -559,7 +588,7 @@ def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
 
 def new_training(resumed: Resumed | None = None, per_epoch: int = 2) -> Training:
     iteration = resumed.iteration if resumed else 0
-    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, 0, iteration, resumed=resumed)
+    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, iteration=iteration, resumed=resumed)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
