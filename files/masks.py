@@ -140,7 +140,8 @@ class Labels:
             line = f"{value & 255} {value >> 8 & 255} {value >> 16}"
             what = f"colour {line}"
         if self.source:
-            mend = f"{self.source} names no such: write `NAME {line}` for its class, or `{IGNORE} {line}`"
+            named = f"`NAME {line}` for its class, or " if value >= 0 else ""
+            mend = f"{self.source} names no such: write {named}`{IGNORE} {line}`"
         else:
             mend = f"the classes are 0 to {len(self.classes) - 1}, and 255 to ignore"
         if path.lower().endswith((".jpg", ".jpeg")):
@@ -209,9 +210,11 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
     name, mistake = " ".join(words), None
     if name == "__ignore__" and not color and not equals:  # of labelme's labels.txt
         return IGNORE, [], [IGNORE_INDEX]
-    digits = r"-1|\d{1,9}" if name == IGNORE else r"\d{1,9}"
+    digits = r"-?\d{1,10}" if name == IGNORE else r"\d{1,10}"  # -9999 and the like in maps
     if equals and not (values and all(re.fullmatch(digits, value) for value in values)):
         mistake = "expected pixel values after `=`, such as `= 255` or `= 7 8`"
+        if right.strip().startswith("-"):
+            mistake = f"the values of classes are from 0; less is for what is not learned: `{IGNORE} = -1`"
     elif not name or name.startswith("#"):
         mistake = "a line begins with the name of a class"
     elif max(color, default=0) > 255:
@@ -238,7 +241,7 @@ def describe_pixels(pictures: Iterable[Image.Image]) -> str:
         else:
             values = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
             found = zip(*np.unique(values.astype(int), return_counts=True), strict=True)
-            counts.update({f"NAME = {value}": int(count) for value, count in found})
+            counts.update({f"{'NAME' if v >= 0 else IGNORE} = {v}": int(count) for v, count in found})
     if len(counts) > 1000:
         return f"{len(counts)} different ones, so that they look like photos and not like masks"
     total = max(1, sum(counts.values()))

@@ -76,7 +76,6 @@ def test_colours(tmp_path):
         ("0: bg\n", "the name comes first"),
         ("a =\n", "expected pixel values after `=`"),
         ("a = x\n", "expected pixel values after `=`"),
-        ("a = -1\n", "expected pixel values after `=`"),
         ("a = 1.5\n", "expected pixel values after `=`"),
         ("a = 99999999999\n", "expected pixel values after `=`"),
         ("= 5\n", "a line begins with the name of a class"),
@@ -87,6 +86,10 @@ def test_colours(tmp_path):
         ("a = 3\nignore = 3\n", ":2: 'ignore': the value 3 is 'a' already"),
         ("ignore = 3\na = 3\n", ":2: 'a': the value 3 is 'ignore' already"),
         ("a = 5\nb\n", ":2: 'b' needs values, too, as 'a' has: `= V`"),
+        (
+            "a = -1\nb = 0\n",
+            ":1: 'a = -1': the values of classes are from 0; less is for what is not learned",
+        ),
         ("ignore\na\n", ":1: 'ignore': say what is ignored: `ignore = 0`"),
         (
             "bg 0\nthing 255\n",
@@ -200,6 +203,16 @@ def test_minus_one_is_ignored_where_it_is_named(tmp_path):
         labels.values.pop(255)
         labels.tables.clear()
         labels.read(Image.fromarray(np.array([[0, 255]], np.uint8)), "m.png")
+
+
+def test_negative_values_can_only_be_ignored(tmp_path):
+    """As the values without data of maps; the lines that are proposed can be pasted."""
+    mask = Image.fromarray(np.array([[-9999, 0, 1, 2147483647]], np.int32))
+    assert describe_pixels([mask]).startswith("`ignore = -9999` (25.0%), `NAME = 0`")
+    with pytest.raises(UserError, match="names no such: write `ignore = -9999`$"):
+        read(tmp_path, "a\nb\nignore = 2147483647", mask, "mask.tif")
+    text = "a\nb\nignore = -9999 2147483647"
+    assert read(tmp_path, text, mask, "mask.tif").tolist() == [[255, 0, 1, 255]]
 
 
 def test_mask_that_jpeg_has_blurred(tmp_path):
