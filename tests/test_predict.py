@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 
@@ -407,6 +408,26 @@ def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path
     rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))[1:]
     assert 0 < len(rows) < 40 and all((tmp_path / "out" / mask).exists() for _, mask, *_ in rows)
     assert len(rows) >= 30 - 6  # eval_batch_size 4 are written meanwhile
+
+
+def test_two_predictions_into_one_folder(cli, trained, tmp_path, monkeypatch):
+    """The second would not know the masks of the first: their names, and their rows."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    flags = ["--predict", "a.png", "--checkpoint", trained[0], "--out", "out"]
+    program = "import time; from commands.predict import lock_folder; f = lock_folder('out'); "
+    program += "print(1, flush=True); time.sleep(99)"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(main.__file__)}
+    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as other:
+        try:
+            assert other.stdout.readline()
+            status, _, err = cli(*flags)
+        finally:
+            other.kill()
+    assert status == 1 and one_line(err) and "another prediction writes to out: wait until" in err
+    assert not (tmp_path / "out/a_mask.png").exists()
+    assert cli(*flags)[0] == 0  # the other was killed
+    assert sorted(os.listdir("out")) == ["a_mask.png", "a_overlay.jpg", "predictions.csv"]
 
 
 def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
