@@ -14,6 +14,7 @@ from datasets import DATASETS, SegmentationDataset
 from files.images import (
     AS_STORED,
     DARK,
+    UNCLEAR,
     Header,
     Reading,
     lacks_end,
@@ -140,6 +141,8 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
         print(f"of these classes the {split} masks that were looked at have no pixel: {', '.join(unseen)}")
     if several := sum(header.frames > 1 for header in dataset.headers):
         print(f"{several} of the {split} images have several frames or pages: the first is used")
+    if dataset.has_masks and (unclear := sum(header.unclear for header in dataset.headers)):
+        print(f"{unclear} of the {split} {UNCLEAR.format('the masks')}: --check shows one")
     if not dataset.reading.value_range and (fault := range_fault(read_values(dataset, split == "train"))):
         raise UserError(fault)
 
@@ -257,6 +260,7 @@ class Split:
         self.faults: list[str] = []
         self.cards: list[Card] = []
         self.values: dict[str, Values] = {}  # of images of more than 8 bits, without a range for them
+        self.unclear: list[int] = []  # the samples with masks of which the header is
         self.cut = self.frames = 0  # images that lack their end, or have several frames
         shares, count = np.zeros(256), len(dataset) if dataset.has_masks else 0
         shown = set(np.linspace(0, count - 1, min(count, CARDS_LIMIT)).astype(int).tolist())
@@ -273,6 +277,8 @@ class Split:
             self.sizes.append(found.size)
             self.hashes[index] = found.digest
             self.cut, self.frames = self.cut + found.cut, self.frames + (found.header.frames > 1)
+            if found.header.unclear and dataset.pairs[index][1]:
+                self.unclear.append(index)
             if found.values:
                 add_values(self.values, found.header.kind, Values(1, *found.values))
             self.pixels += found.pixels
@@ -355,6 +361,8 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
         print(class_table(masked))
         draw(masked, path)
         print(f"samples that show the classes are in {path}")
+        if unclear := sum(len(part.unclear) for part in masked):
+            print(f"{unclear} {UNCLEAR.format('the masks')}: look at the last row of {path}")
     for line in doubles(parts):
         print(line)
     fault = range_fault(values)
@@ -423,16 +431,24 @@ def class_table(parts: Sequence[Split]) -> str:
 
 
 def draw(parts: Sequence[Split], path: str) -> None:
-    """Rows of image, mask and overlay; for each class that no row has shown the sample with most of it."""
+    """Rows of image, mask and overlay; for each class that no row has shown the sample with most of it, then
+    the first whose turn is unclear."""
     rows, shown = [], set()
+
+    def add(dataset: SegmentationDataset, index: int) -> None:
+        image, mask = (tensor.numpy() for tensor in dataset.read(index))
+        rows.append(sample_row(Image.fromarray(image.transpose(1, 2, 0)), mask, mask, dataset.palette))
+        # What is smaller than this cannot be seen.
+        shown.update(np.flatnonzero(np.bincount(mask.ravel()) > 0.005 * mask.size).tolist())
+
     for part in parts:
         dataset = part.dataset
         for label, index in enumerate(part.best[: len(dataset.classes)].tolist()):
             if index < 0 or label in shown or len(rows) == ROWS_LIMIT:
                 continue
-            image, mask = (tensor.numpy() for tensor in dataset.read(index))
-            rows.append(sample_row(Image.fromarray(image.transpose(1, 2, 0)), mask, mask, dataset.palette))
-            # What is smaller than this cannot be seen.
-            shown |= {label, *np.flatnonzero(np.bincount(mask.ravel()) > 0.005 * mask.size).tolist()}
+            shown.add(label)
+            add(dataset, index)
+    for part in [part for part in parts if part.unclear][:1]:
+        add(part.dataset, part.unclear[0])
     legend = sorted(shown - {IGNORE_INDEX})
     save_image(path, sample_sheet(rows, legend, parts[0].dataset.classes, parts[0].dataset.palette))

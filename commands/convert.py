@@ -36,7 +36,7 @@ from files.exports import (
     read_voc,
     recognize,
 )
-from files.images import SIDEWAYS, open_image, stored_size
+from files.images import SIDEWAYS, UNCLEAR, is_unclear, open_image, stored_size
 from files.lists import every_fifth, unique_names
 from files.masks import IGNORE, MAX_CLASSES, VOC_CLASSES, read_classes
 from files.pictures import Palette, voc_palette
@@ -229,6 +229,10 @@ def check_samples(samples: list[Sample], notes: Notes) -> None:
         why = "".join(f"; {count} {reason} ({text})" for reason, (count, text) in notes.items())
         raise UserError(f"{len(samples)} images are too few to train on and to validate{why}")
     path, count = Counter(os.path.abspath(sample.image) for sample in samples).most_common(1)[0]
+    splits = {sample.split for sample in samples if os.path.abspath(sample.image) == path} - {None}
+    if len(splits) > 1:
+        hint = "name other images for one of them, or leave out val: then every fifth image becomes val"
+        raise UserError(f"{path} is in {' and in '.join(sorted(splits))} of the export: {hint}")
     if count > 1:
         raise UserError(f"{path} is {count} times in the export: take the others out")
 
@@ -257,6 +261,8 @@ def make_mask(draw, target: Target, folder: str, minimum: int, job: tuple[Sample
         stored, turn = stored_size(open_image(sample.image, load=False))
         upright = stored[::-1] if turn in SIDEWAYS else stored
         check_size(sample, sample.size or upright, stored, upright)
+        if is_unclear(stored, turn):
+            notes.add(f"{UNCLEAR.format('their labels')}: look at some by --check", "")
         mask = draw(sample.content, target.labels, sample.size or upright, notes)
         height, width = mask.shape
         check_size(sample, (width, height), stored, upright)

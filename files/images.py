@@ -33,6 +33,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+UNCLEAR = "images are turned by EXIF, and their size does not tell whether {} go by the upright image"
 SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
 # Formats that Pillow opens without a decoder of its own, or that are no pictures.
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -73,7 +74,8 @@ class Header(NamedTuple):
 
     `size` is the upright width and height, `kind` numpy's name of the samples' number format, `bands` the
     number of samples in a pixel, see `samples`, `frames` the number of images in the file. `deep`: tifffile
-    reads it, as Pillow shows less than there is, and `turn` is what makes its pixels upright.
+    reads it, as Pillow shows less than there is, and `turn` is what makes its pixels upright. `unclear`: see
+    `is_unclear`.
     """
 
     size: tuple[int, int]
@@ -82,6 +84,7 @@ class Header(NamedTuple):
     frames: int = 1
     deep: bool = False
     turn: Image.Transpose | None = None
+    unclear: bool = False
 
 
 @cache
@@ -112,6 +115,7 @@ def read_header(path: str, reading: Reading = AS_STORED) -> Header:
             deep = False  # the high bytes are what Pillow keeps
         turn = TURNS.get(image.tag_v2.get(ORIENTATION)) if deep else None
         header = Header(upright_size(image), kind, bands, count_frames(image), deep, turn)
+        header = header._replace(unclear=is_unclear(*stored_size(image)))
     check_bands(path, header.bands, reading)
     return header
 
@@ -187,6 +191,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened image, turned as its EXIF orientation says, by its header alone."""
     size, turn = stored_size(image)
     return size[::-1] if turn in SIDEWAYS else size
+
+
+def is_unclear(size: tuple[int, int], turn: Image.Transpose | None) -> bool:
+    """Whether EXIF turns an image of this stored size, and a mask's size does not tell whether it is of the
+    upright image or of the stored one."""
+    return turn is not None and (turn not in SIDEWAYS or size[0] == size[1])
 
 
 def turn_of(getexif: Callable[[], Image.Exif]) -> Image.Transpose | None:

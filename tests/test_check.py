@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 from conftest import SHARED, bomb, damage, make_list_dataset, needs_shared, one_line
-from PIL import Image
+from PIL import ExifTags, Image
 
-from commands.check import count_labels, drop_bad, median_frequency, scan
+from commands.check import Split, count_labels, drop_bad, median_frequency, report, scan
 from datasets import ListSegmentation
 from utils import UserError
 
@@ -180,6 +180,37 @@ def test_sets_that_are_not_there(cli, tmp_path):
     ):
         status, out, err = cli(*flags)
         assert status == 1 and message in err and "fault" in out and not (tmp_path / "data/check").exists()
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6])
+def test_images_whose_turn_the_masks_do_not_show(cli, tmp_path, orientation):
+    """Of a square image that EXIF turns, and of one that it mirrors, the mask's size tells nothing."""
+    root = make_list_dataset(tmp_path / "set", size=(64, 64))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for name in ("train1", "val0"):
+        Image.open(root / f"images/{name}.jpg").save(root / f"images/{name}.jpg", exif=exif)
+    Image.new("RGB", (40, 20)).save(root / "images/train2.jpg", exif=exif)  # 6: the size tells
+    Image.new("L", (20, 40) if orientation == 6 else (40, 20)).save(root / "masks/train2.png")
+    status, out, _ = cli(*CHECK, root)
+    turned = {1: 0, 2: 3, 3: 3, 6: 2}[orientation]
+    line = f"{turned} images are turned by EXIF, and their size does not tell whether the masks go by the"
+    assert status == 0 and (line in out) == (turned > 0) and ("EXIF" in out) == (turned > 0)
+    dataset, headers = ListSegmentation(str(root), "train"), []
+    drop_bad(dataset)
+    assert sum(header.unclear for header in dataset.headers) == turned - (turned > 0)
+
+
+def test_picture_shows_an_image_whose_turn_is_unclear(tmp_path):
+    root = make_list_dataset(tmp_path / "set", size=(64, 64))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.new("RGB", (64, 64), (250, 0, 250)).save(root / "images/train1.jpg", exif=exif)
+    Image.new("L", (64, 64)).save(root / "masks/train1.png")  # not the best of any class
+    parts = [Split("train", ListSegmentation(str(root), "train"), str(tmp_path / "page"))]
+    report(parts, str(tmp_path / "x.png"))
+    pixels = np.array(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
+    assert (np.abs(pixels - [250, 0, 250]).max(-1) < 12).sum() > 1000
 
 
 @needs_shared

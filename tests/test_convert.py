@@ -392,6 +392,34 @@ def test_coordinates_are_of_the_upright_or_of_the_stored_image(orientation, tmp_
     assert stored.exists()
 
 
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_turned_images_of_which_the_size_tells_nothing(orientation, tmp_path, capsys):
+    for name in "ab":
+        photo(tmp_path / f"e/{name}.jpg", (40, 30), orientation)
+        shape = {"label": "x", "points": [[2, 3], [9, 20]], "shape_type": "rectangle"}
+        about = {"shapes": [shape], "imagePath": f"{name}.jpg", "imageWidth": 40, "imageHeight": 30}
+        write(tmp_path / f"e/{name}.json", json.dumps(about))
+    convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    line = "2 images are turned by EXIF, and their size does not tell whether their labels go by the upright"
+    assert (line in capsys.readouterr().out) == (orientation == 3)
+
+
+def test_one_folder_for_train_and_val(tmp_path, cli):
+    """As in data.yaml of small examples; without `val` a hash splits."""
+    pytest.importorskip("yaml")
+    for name in "abcde":
+        photo(tmp_path / f"e/images/{name}.jpg", (20, 10))
+        write(tmp_path / f"e/labels/{name}.txt", "0 0 0 1 0 1 1")
+    write(tmp_path / "e/data.yaml", "train: images\nval: images\nnames: [x]\n")
+    status, _, err = cli("--convert", "e", "--data_root", "set")
+    assert status == 1 and one_line(err) and not (tmp_path / "set").exists()
+    assert (
+        "a.jpg is in train and in val of the export: name other images for one of them, or leave out" in err
+    )
+    write(tmp_path / "e/data.yaml", "train: images\nnames: [x]\n")
+    assert cli("--convert", "e", "--data_root", "set")[0] == 0
+
+
 def test_classes_that_are_chosen(tmp_path, cli):
     expected = make_labelme(tmp_path / "export")
     for others, rest in (("background", 0), ("ignore", 255)):
