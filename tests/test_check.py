@@ -196,7 +196,7 @@ def test_images_whose_turn_the_masks_do_not_show(cli, tmp_path, orientation):
     turned = {1: 0, 2: 3, 3: 3, 6: 2}[orientation]
     line = f"{turned} images are turned by EXIF, and their size does not tell whether the masks go by the"
     assert status == 0 and (line in out) == (turned > 0) and ("EXIF" in out) == (turned > 0)
-    dataset, headers = ListSegmentation(str(root), "train"), []
+    dataset = ListSegmentation(str(root), "train")
     drop_bad(dataset)
     assert sum(header.unclear for header in dataset.headers) == turned - (turned > 0)
 
