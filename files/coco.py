@@ -169,6 +169,21 @@ def draw_coco(objects: list, labels: Sequence[int], size: tuple[int, int], notes
     return np.ascontiguousarray(mask)
 
 
+def run_lengths(text: str) -> list[int]:
+    """The counts that a string of COCO's compressed RLE stands for: of each character five bits, the lowest
+    first, and whether more follow; from the fourth on, the difference to the one before the last."""
+    runs, value, shift = [], 0, 0
+    for code in text.encode():
+        code -= 48
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code >> 4 & 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
 def coco_rle(shape: dict, width: int, height: int) -> dict:
     """RLE as pycocotools takes it. Raises UserError if it is of another size than the image."""
     from pycocotools import mask as coco
@@ -179,12 +194,9 @@ def coco_rle(shape: dict, width: int, height: int) -> dict:
             f"an RLE has the size {shape.get('size')}, but the image is {height} high, {width} wide"
         )
     try:
-        if isinstance(counts, list):
-            if sum(counts) != width * height or min(counts) < 0:
-                raise ValueError("its counts do not add up to the image")
-            return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-        coco.decode(rle)
-        return rle
+        runs = counts if isinstance(counts, list) else run_lengths(counts)
+        if sum(runs) != width * height or min(runs) < 0:  # pycocotools would leave pixels as memory was
+            raise ValueError("its counts do not add up to the image")
+        return coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"an RLE is damaged: {error}") from error

@@ -157,8 +157,8 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
     notes, samples = Notes(), []
     for key in ("train", "val", "valid", "test"):
         entries = data.get(key) or []
-        for entry in [entries] if isinstance(entries, str) else entries:
-            for image in yolo_images(root, entry, notes):
+        for entry in entries if isinstance(entries, list) else [entries]:
+            for image in yolo_images(root, str(entry), notes):
                 folder, name = os.path.split(image)
                 folder = re.sub(r"^(.*[/\\]|)images(?=[/\\]|$)", r"\1labels", folder)
                 content = (os.path.join(folder, os.path.splitext(name)[0] + ".txt"), numbers)

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NETWORK, SHARED, SMALL, needs_shared, one_line
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import commands.convert
 from commands.convert import convert
 from datasets import ListSegmentation, VOCSegmentation
+from files.coco import run_lengths
 from files.masks import VOC_CLASSES
 from files.pictures import voc_palette
 from utils import UserError
@@ -504,6 +507,11 @@ def spoiled_coco(root: Path, kind: str) -> None:
         annotations[-3]["segmentation"]["size"] = [70, 50]
     elif kind == "rle counts":
         annotations[3]["segmentation"]["counts"] = [3, 4]
+    elif kind.startswith("rle "):  # compressed; pycocotools takes them all, with pixels as memory was
+        coco = pytest.importorskip("pycocotools.mask")
+        whole = coco.encode(np.eye(50, 70, dtype=np.uint8, order="F"))["counts"].decode()
+        text = {"rle of 0 bytes": "", "rle cut": whole[: len(whole) // 2], "rle of text": "abc"}[kind]
+        annotations[3]["segmentation"] = {"size": [50, 70], "counts": text}
     elif kind == "boxes":
         for item in annotations:
             item["segmentation"] = []
@@ -526,6 +534,9 @@ def spoiled_coco(root: Path, kind: str) -> None:
         ("size", "img 32.jpg is 70x50, but in the export it is 71x50"),
         ("rle size", "an RLE has the size [70, 50], but the image is 50 high, 70 wide"),
         ("rle counts", "img 30.jpg: an RLE is damaged: its counts do not add up"),
+        ("rle of 0 bytes", "img 30.jpg: an RLE is damaged: its counts do not add up"),
+        ("rle cut", "img 30.jpg: an RLE is damaged: its counts do not add up"),
+        ("rle of text", "img 30.jpg: an RLE is damaged: its counts do not add up"),
         ("boxes", "no object of cat, dog is in the export; 20 annotations without a polygon or RLE"),
         ("damaged", "img 30.jpg: cannot identify"),
         ("no categories", "has no 'categories'"),
@@ -546,6 +557,16 @@ def test_a_coco_json_that_is_not_as_it_should_be(kind, message, tmp_path, cli):
         )
     if kind == "no images":
         assert cli("--convert", "export", "--data_root", "set", "--images", "export/elsewhere")[0] == 0
+
+
+@given(st.data())
+def test_compressed_rle_beside_pycocotools(data):
+    coco = pytest.importorskip("pycocotools.mask")
+    height, width = data.draw(st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    edges = data.draw(st.lists(st.integers(0, height * width), max_size=9).map(sorted))
+    runs = np.diff([0, *edges, height * width]).tolist()
+    rle = coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    assert run_lengths(rle["counts"].decode()) == runs
 
 
 def test_what_is_left_out_is_counted(tmp_path, cli):
@@ -737,7 +758,7 @@ def test_an_image_in_two_lists_is_noted(tmp_path, capsys):
 
 
 def test_names_that_classes_txt_could_not_hold(tmp_path):
-    for number, name in enumerate(("2 wheeler", "a=b", "ignore", "lane: 2", "# x", "ok 3")):
+    for number, name in enumerate(("2 wheeler", "a=b", "ignore", "Ignore", "lane: 2", "# x", "ok 3")):
         photo(tmp_path / f"e/{number}.jpg")
         shape = {"label": name, "points": [[1, 1], [30, 30]], "shape_type": "rectangle"}
         write(tmp_path / f"e/{number}.json", json.dumps({"shapes": [shape], "imagePath": f"{number}.jpg"}))
@@ -748,11 +769,12 @@ def test_names_that_classes_txt_could_not_hold(tmp_path):
         "class # x",
         "class 2 wheeler",
         "a-b",
+        "class Ignore",
         "class ignore",
         "lane 2",
         "ok 3",
     ]
-    assert len(masks_of(tmp_path / "set")) == 6
+    assert len(masks_of(tmp_path / "set")) == 7
 
 
 def test_converting_imports_no_torch(tmp_path):
