@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from files.images import PHOTOMETRIC
 from files.pictures import Palette, voc_palette
 from files.whole import read_lines
 from utils import IGNORE_INDEX, UserError
@@ -58,6 +59,9 @@ class Labels:
         Masks of one byte a pixel (grey, palette or bits) and of 16 or 32 bits go by the pixels' values, RGB
         and RGBA masks by the colours. Raises UserError for a pixel that is no class and not ignored, or a
         mask of another kind."""
+        if picture.format == "TIFF" and picture.tag_v2.get(PHOTOMETRIC) == 0:
+            hint = "programs disagree on the values of such: save it as a PNG"
+            raise UserError(f"{path}: a mask in a TIFF whose 0 is white; {hint}")
         if picture.mode in COLOR_MODES:
             self.check_colors(path)
             # Pillow has four bytes for each pixel in memory; the last is alpha, or nothing.
@@ -70,8 +74,19 @@ class Labels:
         if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
             raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}; use grey, palette or RGB PNGs")
         values = np.asarray(picture)
-        values = values.astype(np.uint8) if values.dtype == bool else values
+        if values.dtype == bool:
+            values = values * np.uint8(self.white(values, path))
         return self.look_up(values, self.values, 256 if values.dtype == np.uint8 else 1 << 16, path)
+
+    def white(self, bits: np.ndarray, path: str) -> int:
+        """The value of white in a mask of 1 bit, 1 or 255: what makes PNGs smaller turns grey masks that have
+        0 and 255 alone into such. Raises UserError if it can be either."""
+        if 1 not in self.values:
+            return 1 if self.ignored_by_default else 255
+        if bits.any() and (len(self.classes) > 2 or not self.ignored_by_default):
+            found = "a mask of 1 bit, of which white can be the value 1 or 255"
+            raise UserError(f"{path}: {found}; save it with 8 bits")
+        return 1
 
     def meaning(self) -> dict[str, int]:
         """The label of each value and each colour, such as `value 7` and `colour 0 0 128`."""
@@ -208,6 +223,7 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
     if len(words) >= 4 and all(word.isdecimal() for word in words[-3:]):
         words, color = words[:-3], [int(word) for word in words[-3:]]
     name, mistake = " ".join(words), None
+    name = IGNORE if name.lower() == IGNORE else name
     if name == "__ignore__" and not color and not equals:  # of labelme's labels.txt
         return IGNORE, [], [IGNORE_INDEX]
     digits = r"-?\d{1,10}" if name == IGNORE else r"\d{1,10}"  # -9999 and the like in maps

@@ -90,7 +90,7 @@ def test_colours(tmp_path):
             "a = -1\nb = 0\n",
             ":1: 'a = -1': the values of classes are from 0; less is for what is not learned",
         ),
-        ("ignore\na\n", ":1: 'ignore': say what is ignored: `ignore = 0`"),
+        ("Ignore\na\n", ":1: 'Ignore': say what is ignored: `ignore = 0`"),
         (
             "bg 0\nthing 255\n",
             "classes.txt: the names end in numbers; for those of pixels in masks, write `bg = 0`",
@@ -215,6 +215,29 @@ def test_negative_values_can_only_be_ignored(tmp_path):
     assert read(tmp_path, text, mask, "mask.tif").tolist() == [[255, 0, 1, 255]]
 
 
+def test_white_of_one_bit_is_1_or_255(tmp_path):
+    """What makes PNGs smaller turns grey masks of 0 and 255 into such, also where 255 is ignored."""
+    bits = grey([0, 255]).convert("1")
+    assert read(tmp_path, "a\nb", bits).tolist() == [[0, 1]]
+    assert read(tmp_path, "a\nb = 255", bits).tolist() == [[0, 1]]
+    assert read(tmp_path, "a\nb = 9\nc = 3\nignore = 255", bits).tolist() == [[0, 255]]
+    for text in ("a\nb\nc", "a\nb\nignore = 255"):
+        with pytest.raises(UserError, match="a mask of 1 bit, of which white can be the value 1 or 255"):
+            read(tmp_path, text, bits)
+        assert read(tmp_path, text, grey([0, 0]).convert("1")).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_tiff_whose_0_is_white(tmp_path, dtype):
+    """tifffile writes arrays of bool so, ImageJ inverted ones; Pillow turns them around, others do not."""
+    tifffile = pytest.importorskip("tifffile")
+    photometric = {} if dtype is bool else {"photometric": "miniswhite"}
+    tifffile.imwrite(tmp_path / "m.tif", np.array([[0, 1]]).astype(dtype), **photometric)
+    write(tmp_path, "a\nb")
+    with pytest.raises(UserError, match="m.tif: a mask in a TIFF whose 0 is white; programs disagree"):
+        read_classes(str(tmp_path / "classes.txt")).read(Image.open(tmp_path / "m.tif"), "m.tif")
+
+
 def test_mask_that_jpeg_has_blurred(tmp_path):
     mask = np.zeros((40, 40), np.uint8)
     mask[10:30, 10:30] = 255
@@ -277,9 +300,27 @@ def test_objects_that_would_be_ignored_end_the_run(cli, smallest, tmp_path):
     assert status == 0 and "IoU thing: " in out and "IoU thing: -" not in out
 
     # 255 is ignored on purpose, so the run begins, with a word about the class that has no pixel.
-    write(tmp_path / "set", "background\nthing\nignore = 255\n")
+    write(tmp_path / "set", "background\nthing\nother = 2\nignore = 255\n")
+    mask = np.array(Image.open(tmp_path / "set/masks/train0.png"))
+    mask[0] = 2
+    Image.fromarray(mask).save(tmp_path / "set/masks/train0.png")
     status, out, _ = cli("--train", "--exp", "y", "--epochs", 1, *smallest)
     assert status == 0 and "of these classes the train masks that were looked at have no pixel: thing" in out
+
+
+@pytest.mark.parametrize(
+    ("ignored", "found"), [("255", "of all classes 'background' alone"), ("0 255", "none")]
+)
+def test_masks_that_show_nothing_to_learn(cli, smallest, tmp_path, ignored, found):
+    """The loss would be 0, and the mean IoU 100 or none."""
+    only_zero_and_255(tmp_path / "set")
+    first = "background = 0" if ignored == "255" else "background = 7"
+    write(tmp_path / "set", f"{first}\nthing = 1\nignore = {ignored}\n")
+    status, out, err = cli("--train", "--exp", "y", "--epochs", 1, *smallest)
+    assert status == 1 and one_line(err) and f"the masks to train on show {found}" in err
+    status, _, err = cli("--check", *smallest[:4])
+    assert status == 1 and one_line(err) and f"the masks to train on show {found}" in err
+    assert cli("--predict", "set/images/val0.jpg", "--exp", "y", *smallest[:2])[0] == 1  # nothing is saved
 
 
 def test_colours_to_ignore_say_nothing_of_values(tmp_path):
@@ -288,10 +329,10 @@ def test_colours_to_ignore_say_nothing_of_values(tmp_path):
     only_zero_and_255(root)
     write(root, "background 0 0 0\nthing 9 9 9\nignore 255 255 255\n")
     with pytest.raises(UserError, match="write `thing = 255`"):
-        unseen_classes(ListSegmentation(str(root), "train"))
+        unseen_classes(ListSegmentation(str(root), "val"), "val")
     for path in (root / "masks").iterdir():
         Image.open(path).convert("RGB").save(path)
-    assert unseen_classes(ListSegmentation(str(root), "train")) == ["thing"]
+    assert unseen_classes(ListSegmentation(str(root), "val"), "val") == ["thing"]
 
 
 def test_table_of_labels_is_seen_when_it_is_full():
