@@ -137,7 +137,7 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
         raise UserError(f"{faults[0]} ({len(faults)} of the {split} samples cannot be used{hint})")
     if faults:
         print(f"left out {len(faults)} of the {split} samples, the first because of: {faults[0]}")
-    if dataset.has_masks and (unseen := unseen_classes(dataset)):
+    if dataset.has_masks and (unseen := unseen_classes(dataset, split)):
         print(f"of these classes the {split} masks that were looked at have no pixel: {', '.join(unseen)}")
     if several := sum(header.frames > 1 for header in dataset.headers):
         print(f"{several} of the {split} images have several frames or pages: the first is used")
@@ -222,13 +222,25 @@ def median_frequency(counts: np.ndarray, num_classes: int) -> list[float]:
     return weights.tolist()
 
 
-def unseen_classes(dataset: SegmentationDataset) -> list[str]:
+def unseen_classes(dataset: SegmentationDataset, split: str) -> list[str]:
     """The classes that none of up to `MASKS_LIMIT` masks contains, evenly spaced. Raises UserError if a mask
-    cannot be used, or as `check_ignored`."""
+    cannot be used, or as `check_ignored` and, where all were looked at, `check_learnable`."""
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(MASKS_LIMIT, len(dataset))).astype(int)).tolist()
     pixels = count_labels(dataset, indices, "looking at masks")[0]
     check_ignored(dataset, pixels)
+    if len(indices) == len(dataset):
+        check_learnable(dataset, split, pixels)
     return [name for name, number in zip(dataset.classes, pixels, strict=False) if not number]
+
+
+def check_learnable(dataset: SegmentationDataset, split: str, pixels: np.ndarray) -> None:
+    """Given the number of pixels of each label in all masks: Raises UserError if the split is to train on,
+    and they show fewer than two classes. The loss would be 0, and each prediction right."""
+    found = [name for name, number in zip(dataset.classes, pixels, strict=False) if number]
+    if split == "train" and len(found) < 2:
+        shown = f"of all classes {found[0]!r} alone" if found else "none of the classes"
+        reason = "all else is ignored, and there is nothing to learn"
+        raise UserError(f"the masks to train on show {shown}: {reason}; look at what classes.txt ignores")
 
 
 def check_ignored(dataset: SegmentationDataset, pixels: np.ndarray) -> None:
@@ -294,6 +306,7 @@ class Split:
         try:
             if dataset.has_masks:
                 check_ignored(dataset, self.pixels)
+                check_learnable(dataset, name, self.pixels)
         except UserError as error:
             self.faults.append(str(error))
 
@@ -370,9 +383,16 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
 
 
 def doubles(parts: Sequence[Split]) -> list[str]:
-    """A line for each split that has images of the first one."""
+    """A line for each split that has images of the first one, or an image several times."""
     first, *others = parts
     trained_on, lines = set(first.hashes.values()), []
+    for part in parts:
+        seen: dict[bytes, int] = {}
+        copies = [index for index, digest in part.hashes.items() if seen.setdefault(digest, index) != index]
+        if copies:
+            example = part.dataset.pairs[copies[0]][0]
+            count = f"{len(copies)} of the {part.name} images"
+            lines.append(f"{count} are copies of others, or listed twice: {example} is one")
     for part in others:
         common = [index for index, digest in part.hashes.items() if digest in trained_on]
         if common:

@@ -72,10 +72,12 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
 
 
 def read_paths() -> list[str]:
-    """The paths on standard input, one a line."""
+    """The paths on standard input, one a line, or with a NUL behind each, as `find -print0` writes them."""
     if sys.stdin is None:
         raise UserError("--predict - reads paths from standard input, which is closed")
-    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+    data = sys.stdin.buffer.read()
+    paths = data.split(b"\0") if b"\0" in data else data.splitlines()
+    return [os.fsdecode(path) for path in paths if path.strip()]
 
 
 class Photo(NamedTuple):

@@ -58,6 +58,7 @@ def read_list(root: str, name: str, hint: str) -> Pairs:
     list is missing, or a line is malformed."""
     path, pairs = os.path.join(root, "list", f"{name}.txt"), []
     for number, line in read_lines(path, f"{hint}; --dataset shapes needs no files"):
+        line = line.replace("\0", "?")  # which no path can have
         names = [name.strip().lstrip("/") for name in line.split("\t" if "\t" in line.strip() else None)]
         paths = [existing(os.path.join(root, name)) for name in names]
         if len(paths) == 1 and name == "test":

@@ -97,6 +97,17 @@ def test_faults_are_counted_by_file(cli, tmp_path, folder):
     assert len(lines) + sum(map(int, re.findall(r" \((\d+) other files", err))) == 5
 
 
+def test_images_that_are_there_twice(cli, tmp_path):
+    """In a list by mistake, perhaps with two masks that contradict each other."""
+    root = make_list_dataset(tmp_path / "set")
+    with open(root / "list/train.txt", "a") as file:
+        file.write("/images/train0.jpg /masks/train1.png\n/images/train0.jpg /masks/train0.png\n")
+    shutil.copy(root / "images/val0.jpg", root / "images/val2.jpg")
+    status, out, _ = cli(*CHECK, root)
+    assert status == 0 and f"2 of the train images are copies of others, or listed twice: {root}" in out
+    assert f"1 of the val images are copies of others, or listed twice: {root}/images/val2.jpg" in out
+
+
 def test_images_in_two_splits_are_counted_by_image(cli, tmp_path):
     """Copies of one training image are as many images; the same file in both lists is one, too."""
     root = make_list_dataset(tmp_path / "set")

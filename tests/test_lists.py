@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import one_line, spoil
+from conftest import make_list_dataset, one_line, spoil
 from PIL import Image
 
-from commands.check import drop_bad
+from commands.check import drop_bad, prepare
 from datasets import ListSegmentation, SegmentationDataset, Shapes
 from files.lists import common_suffix, find_samples, unique_names
 from files.masks import Labels
@@ -231,3 +231,10 @@ def test_list_of_names_outside_of_ascii(tmp_path):
 )
 def test_names_of_results(paths, names):
     assert unique_names(paths, taken=("samples", "worst")) == names
+
+
+def test_byte_that_no_path_has(tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    (root / "list/val.txt").write_text("/images/v\0al0.jpg /masks/val0.png\n")
+    with pytest.raises(UserError, match="cannot read .*/images/v.al0.jpg: No such file"):
+        prepare(ListSegmentation(str(root), "val"), "val", skip_bad=False)

@@ -339,6 +339,8 @@ def test_patterns_and_a_list_on_standard_input(cli, trained, tmp_path, monkeypat
     for paths in (["in/*.gif"], ["in/a.png", "in/*.gif"]):
         status, _, err = cli("--predict", *paths, *flags)
         assert status == 1 and one_line(err) and "no images in in/*.gif" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/a.png\0in/b.jpg\0")))
+    assert cli("--predict", "-", *flags)[1].count("2 of 2 images") == 1  # of find -print0
     for stdin in (io.TextIOWrapper(io.BytesIO(b"\n")), None):
         monkeypatch.setattr(sys, "stdin", stdin)
         status, _, err = cli("--predict", "-", *flags)
