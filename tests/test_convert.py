@@ -417,7 +417,7 @@ def test_one_folder_for_train_and_val(tmp_path, cli):
     status, _, err = cli("--convert", "e", "--data_root", "set")
     assert status == 1 and one_line(err) and not (tmp_path / "set").exists()
     assert "a.jpg is in train and in val of the export: name other images for one of them" in err
-    write(tmp_path / "e/data.yaml", "train: images\nnames: [x]\n")
+    write(tmp_path / "e/data.yaml", "train: images\nval: 2024\ntest: [7]\nnames: [x]\n")
     assert cli("--convert", "e", "--data_root", "set")[0] == 0
 
 
@@ -768,8 +768,8 @@ def test_names_that_classes_txt_could_not_hold(tmp_path):
         "background",
         "class # x",
         "class 2 wheeler",
-        "a-b",
         "class Ignore",
+        "a-b",
         "class ignore",
         "lane 2",
         "ok 3",
