@@ -109,6 +109,8 @@ def read_header(path: str, reading: Reading = AS_STORED) -> Header:
         header = read_tiff_header(path, reading.max_pixels)
     else:
         kind, bands = samples(image)
+        if image.format == "TIFF":
+            check_black(path, kind, image.tag_v2.get(PHOTOMETRIC))
         deep = bands not in (1, 3) or kind not in PILLOWS_KINDS
         deep |= image.format == "TIFF" and bands == 3 and kind != "uint8"
         if kind == "uint16" and bands == 3 and not reading.value_range:
@@ -125,9 +127,16 @@ def read_tiff_header(path: str, max_pixels: int) -> Header:
     with tiffs.first_page(path) as page:
         size, kind, bands = (page.imagewidth, page.imagelength), page.dtype.name, page.samplesperpixel
         turn = TURNS.get(int(page.tags.valueof(ORIENTATION, 1)))
+        check_black(path, kind, page.photometric)
         frames = sum(not (other.is_reduced or other.is_mask) for other in page.parent.pages)
         check_pixels(path, size, max_pixels)
     return Header(size[::-1] if turn in SIDEWAYS else size, kind, bands, frames, True, turn)
+
+
+def check_black(path: str, kind: str, photometric: int | None) -> None:
+    """Raises UserError if 0 is white in a TIFF of more than 8 bits, which, unlike 8, Pillow does not invert."""
+    if photometric == 0 and kind != "uint8":
+        raise UserError(f"{path} has {kind} values of which 0 is white: save it with 0 as black")
 
 
 def check_pixels(path: str, size: tuple[int, int], max_pixels: int) -> None:

@@ -168,6 +168,17 @@ def test_8_bits_have_no_use_for_a_range(tmp_path):
         assert np.array_equal(pixels(tmp_path / name, value_range=(0, 1)), values)
 
 
+def test_tiff_whose_0_is_white(tmp_path):
+    """Pillow turns 8 bits around, and more bits not: one of the two would be a negative."""
+    path, pixels = str(tmp_path / "x.tif"), np.array([[0, 255], [7, 99]], np.uint8)
+    tifffile.imwrite(path, pixels, photometric="miniswhite")
+    assert np.array_equal(np.array(read_image(path))[..., 0], 255 - pixels)
+    for dtype in (np.uint16, np.int16, np.uint32):
+        tifffile.imwrite(path, pixels.astype(dtype), photometric="miniswhite")
+        with pytest.raises(UserError, match="x.tif has u?int.. values of which 0 is white"):
+            read_image(path, Reading(value_range=(0, 255)))
+
+
 def test_values_that_are_no_numbers(tmp_path):
     values = np.array([[np.nan, np.inf, -np.inf, 500]], np.float32)
     tifffile.imwrite(tmp_path / "a.tif", values)
