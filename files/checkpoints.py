@@ -281,7 +281,8 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
 
 
 def init_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
-    """Load a checkpoint to start from: all of it, or all but the classifier if its number of classes differs.
+    """Load a checkpoint to start from: all of it, or all but the classifier if the number of its classes
+    differs, or some of them are at other places among others.
 
     Prints what it starts from. Raises UserError as `load_weights` and `compare_classes`."""
     if is_trunk(checkpoint):
@@ -291,14 +292,16 @@ def init_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     state = dict(checkpoint["state_dict"])
     own = {file_name(key): tensor for key, tensor in model.state_dict().items()}
     classifier = ("aspp.conv3.weight", "aspp.conv3.bias")
-    left_out = [key for key in classifier if key in state and state[key].shape != own[key].shape]
+    names = checkpoint.get("classes", model.classes)
+    others = sorted(names) != sorted(model.classes) and moved_classes(names, model.classes)
+    left_out = [key for key in classifier if key in state and (others or state[key].shape != own[key].shape)]
     state.update({key: own[key] for key in left_out})
     checkpoint = {**checkpoint, "state_dict": state}
     if not is_published(checkpoint):
         checkpoint["model"] = {**checkpoint["model"], "num_classes": model.config["num_classes"]}
     load_weights(model, checkpoint, path)
     if not left_out:
-        compare_classes(checkpoint.get("classes", model.classes), path, model.classes)
+        compare_classes(names, path, model.classes)
     print(f"starts from {path}" + (f" without {' and '.join(left_out)}" if left_out else ""))
 
 
@@ -339,12 +342,17 @@ def compare_reading(saved: Reading, path: str, now: Reading) -> None:
             raise UserError(f"{path} was trained with another --{key} (checkpoint: {before}, here: {given})")
 
 
+def moved_classes(names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The classes that both have, at other places."""
+    return [name for number, name in enumerate(names) if name in [*classes[:number], *classes[number + 1 :]]]
+
+
 def compare_classes(names: Sequence[str], path: str, classes: Sequence[str]) -> None:
-    """Warn if a checkpoint's classes have other names than those of the data set. Raises UserError if only
-    their order differs, so that each would be taken for another."""
+    """Warn if a checkpoint's classes have other names than those of the data set. Raises UserError if some
+    are at other places, so that they would be taken for others."""
     if list(names) == list(classes):
         return
-    if sorted(names) == sorted(classes):
+    if moved_classes(names, classes):
         found = f"{path} was trained with the classes in another order: {', '.join(names)}"
         raise UserError(f"{found}; give them that order")
     print(f"{path} was trained with other names of the classes: {', '.join(names)}")

@@ -433,6 +433,12 @@ def test_classes_in_another_order(cli, smallest, tmp_path):
     for command in (["--checkpoint", path], *starts):
         status, _, err = cli(*flags, *command)
         assert status == 1 and one_line(err) and f"{path} was trained with the classes in another" in err
+    names.write_text("a\nc\nsky\n")  # c is where b was
+    for command in (["--checkpoint", path], starts[0]):
+        status, _, err = cli(*flags, *command)
+        assert status == 1 and one_line(err) and "in another order: a, b, c" in err
+    status, out, _ = cli(*flags[:1], "y", *flags[2:], *starts[1])
+    assert status == 0 and f"starts from {path} without aspp.conv3.weight and aspp.conv3.bias" in out
     names.write_text("a\nb\nsky\n")
     for command in (["--checkpoint", path], *starts):
         status, out, _ = cli(*flags, *command)
