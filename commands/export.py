@@ -72,11 +72,13 @@ def export(model: DeepLabv3, path: str, about: dict) -> None:
 
 
 def check_format(path: str) -> str:
-    """The ending of a file to export to. Raises UserError if it is none of `FORMATS`, or the packages for it
-    are missing."""
+    """The ending of a file to export to. Raises UserError if it is none of `FORMATS`, the packages for it
+    are missing, or it is a .pth that is there already."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in FORMATS and ending != ".pth":
         raise UserError(f"--export {path}: its ending tells the format, {', '.join(FORMATS)} or .pth")
+    if ending == ".pth" and os.path.exists(path):
+        raise UserError(f"--export {path}: that file is there, perhaps from a training: choose another name")
     if ending == ".onnx":
         try:
             import onnx  # noqa: F401

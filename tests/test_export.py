@@ -143,6 +143,10 @@ def test_what_an_export_lacks_is_said(cli, tmp_path, monkeypatch):
     status, _, err = cli("--export", "x.pth/x.pt2", "--checkpoint", "x.pth")
     assert status == 1 and one_line(err) and "x.pth/x.pt2" in err
     monkeypatch.setitem(sys.modules, "onnxscript", None)
+    before = (tmp_path / "x.pth").read_bytes()
+    status, _, err = cli("--export", "x.pth", "--checkpoint", "x.pth")  # a training could not go on from it
+    assert status == 1 and one_line(err) and "x.pth: that file is there" in err
+    assert (tmp_path / "x.pth").read_bytes() == before
     status, _, err = cli("--export", "x.onnx", "--checkpoint", "absent.pth")
     assert status == 1 and one_line(err) and "pip install onnx onnxscript onnxruntime" in err
     assert os.listdir(tmp_path) == ["x.pth"]
