@@ -134,7 +134,7 @@ def read_tiff_header(path: str, max_pixels: int) -> Header:
 
 
 def check_black(path: str, kind: str, photometric: int | None) -> None:
-    """Raises UserError if 0 is white in a TIFF of more than 8 bits, which, unlike 8, Pillow does not invert."""
+    """Raises UserError if 0 is white in a TIFF of more than 8 bits: Pillow inverts those of 8 alone."""
     if photometric == 0 and kind != "uint8":
         raise UserError(f"{path} has {kind} values of which 0 is white: save it with 0 as black")
 

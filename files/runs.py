@@ -130,7 +130,8 @@ class RunLog:
     What lies in data/ under the name of a run is that run's: its start moves to data/old/EXP-N what an
     earlier run has left, and what lies beyond the checkpoint that it continues. A row tells its place in the
     run by `iteration` / `per_epoch`, whatever the batch size and the list were before. Raises UserError if
-    another process writes this log, or TensorBoard is asked for and not installed."""
+    another process writes this log, the disk takes its name for another run's, or TensorBoard is asked for
+    and not installed."""
 
     def __init__(self, run: Run, training: Training, tensorboard: bool, plots: bool = False):
         if tensorboard:
@@ -143,6 +144,8 @@ class RunLog:
         os.makedirs("data", exist_ok=True)
         self.file = open(f"data/{run.name}.csv", "ab+")  # noqa: SIM115, open for as long as the run
         lock(self.file, f"--exp {run.exp} is being trained by another process: choose another name")
+        if os.path.basename(self.file.name) not in os.listdir("data"):
+            raise UserError(f"--exp {run.exp}: to this disk another run has the same name: choose another")
         for saved in run.named_after_checkpoints("data", r"\.pth\.\d+\.\d+\.tmp"):
             os.remove(saved.path)  # a kill left it
         rows = self.set_aside()

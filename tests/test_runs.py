@@ -849,6 +849,16 @@ def test_two_runs_of_one_exp(cli, smallest):
     assert cli("--train", "--exp", "x", "--epochs", 1, *smallest)[0] == 0  # a killed run holds nothing
 
 
+def test_disk_that_does_not_tell_names_apart(tmp_path, monkeypatch):
+    """As on macOS: opening X.csv opens x.csv, and so its checkpoints would be replaced."""
+    monkeypatch.chdir(tmp_path)
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [name.replace("_X", "_x") for name in listdir(path)])
+    RunLog(Run("tiny", "custom", "x"), new_training(), False).close()
+    with pytest.raises(UserError, match="--exp X: to this disk another run has the same name"):
+        RunLog(Run("tiny", "custom", "X"), new_training(), False)
+
+
 def test_data_folder_that_cannot_be_written(cli, smallest, tmp_path):
     (tmp_path / "data").write_text("")
     status, _, err = cli("--train", "--exp", "x", "--epochs", 1, *smallest)
