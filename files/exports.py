@@ -253,7 +253,10 @@ def voc_classes(export: str) -> tuple[list[str], list[tuple[int, int, int]], dic
             color = rest.partition(":")[0].strip()
             if not re.fullmatch(r"(\d{1,3},\s*\d{1,3},\s*\d{1,3})?", color):
                 raise UserError(f"{path}:{number}: {line!r}: expected `name:r,g,b:parts:actions`")
-            lines.append((name.strip(), tuple(map(int, color.split(","))) if color else None))
+            color = tuple(map(int, color.split(","))) if color else None
+            if color and max(color) > 255:
+                raise UserError(f"{path}:{number}: {line!r}: a colour is three numbers of 0 to 255")
+            lines.append((name.strip(), color))
         if BACKGROUND not in (name for name, _ in lines):
             lines.insert(0, (BACKGROUND, (0, 0, 0)))
         colors = voc_palette(256)

@@ -634,6 +634,9 @@ def test_masks_without_images(tmp_path, cli):
     (tmp_path / "photos/a.jpg").unlink()
     status, out, _ = cli("--convert", "export", "--data_root", "set", "--images", "photos")
     assert status == 0 and "1 images are not in photos: left out (the first: a)" in out
+    write(tmp_path / "export/labelmap.txt", "background:0,0,0::\nx:300,0,0::\n")
+    status, _, err = cli("--convert", "export", "--data_root", "other", "--images", "photos")
+    assert status == 1 and one_line(err) and "labelmap.txt:2: 'x:300,0,0::': a colour is three" in err
 
 
 def test_a_conversion_that_was_cut_begins_anew(tmp_path, monkeypatch):
