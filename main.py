@@ -62,7 +62,7 @@ from files import checkpoints, pictures
 from files.checkpoints import Training
 from files.images import AS_STORED, Reading
 from files.runs import Run, RunLog, find_checkpoint
-from files.whole import save_json, write_whole
+from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
 
 FEW_SHAPES = 16  # of batches in evaluation: to tune the convs for each, or to compile
@@ -431,9 +431,9 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
     files = image_files(args.predict, args.out)
     model, _ = open_model(args, device)
     inference = Inference(**inference_options(args))
-    failed = predict_files(model.fuse(), files, args.out, inference, args.confidence)
-    done = f"{len(files) - failed} of {len(files)} images"
-    print(f"{done}: masks, overlays and predictions.csv are in {args.out}")
+    with locked_folder(args.out):
+        failed = predict_files(model.fuse(), files, args.out, inference, args.confidence)
+    print(f"{len(files) - failed} of {len(files)} images: masks, overlays, predictions.csv are in {args.out}")
     return failed
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from datasets import SegmentationDataset, load_batches
 from deeplab import DeepLabv3, Inference
 from files.pictures import sample_row, sample_sheet, save_image
 from files.report import Card, files_folder, save_evaluation, save_preview
-from files.whole import save_csv, save_json
+from files.whole import locked_folder, save_csv, save_json
 from utils import (
     IGNORE_INDEX,
     RANK,
@@ -202,7 +203,8 @@ def evaluate(
         the measures of `metrics` with the `confusion` matrix, and the details.
 
     Raises:
-        UserError: if a sample cannot be used, or a prediction cannot be written.
+        UserError: if a sample cannot be used, a prediction cannot be written, or another process evaluates
+            to the same folder.
         Stopped: if a stop signal has come.
     """
     batches = dataset.eval_batches(inference.images)[RANK::WORLD]
@@ -215,7 +217,8 @@ def evaluate(
             end_if_stopped()  # `progress` asks only once the first batches are counted
             yield indices, images, masks, sizes, predict_labels(model, images, sizes, inference)
 
-    with ThreadPoolExecutor() as pool:
+    own = locked_folder(folder) if folder and not RANK else nullcontext()
+    with own, ThreadPoolExecutor() as pool:
         counted = ahead(pool, details.add_batch, predicted(), 2)
         for counts in progress(counted, "evaluating", len(batches), "batch"):
             confusion += counts

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from files.images import (
 )
 from files.lists import describe_left_out, is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
-from files.whole import free_name, lock, read_csv, save_csv
+from files.whole import free_name, read_csv, save_csv
 from utils import UserError, ahead, end_if_stopped, progress
 
 PIXELS_AHEAD = 2**26  # that are read before their turn, or wait to be written
@@ -121,7 +121,6 @@ def predict_files(
 
     Images of one size go through the network together, while other threads decode the next ones and write the
     last. Returns how many could not be predicted."""
-    locked = lock_folder(out)
     header, earlier = ["file", "mask", *model.classes], earlier_rows(out)
     earlier_names = {file: mask.removesuffix("_mask.png") for file, mask, *_ in earlier[1:]}
     new = [file for file in files if file not in earlier_names]
@@ -179,8 +178,6 @@ def predict_files(
                     rows[index] = [files[index], f"{names[index]}_mask.png", *shares]
     finally:  # the masks of a prediction that was stopped have rows, too
         save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
-        locked.close()
-        os.remove(locked.name)
     print_notes(notes, inference)
     return len(files) - len(rows)
 
@@ -196,19 +193,6 @@ def print_notes(notes: Counter, inference: Inference) -> None:
     if notes["dark"]:
         hint = "if they have 12 bits in 16, say, --value_range 0 4095 brightens them"
         print(f"{notes['dark']} images of 16 bits were nearly black for the network: {hint}")
-
-
-def lock_folder(out: str) -> IO:
-    """An open file that keeps other predictions out of the folder, whose masks and rows this one could
-    replace. Raises UserError if there is one, or the folder cannot be written to."""
-    path = f"{out}/.predicting"
-    try:
-        os.makedirs(out, exist_ok=True)
-        locked = open(path, "ab")  # noqa: SIM115, open for as long as it lasts
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    lock(locked, f"another prediction writes to {out}: wait until it has ended, or name another --out")
-    return locked
 
 
 def earlier_rows(out: str) -> list[list[str]]:

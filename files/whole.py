@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import IO, BinaryIO
 
@@ -67,6 +68,23 @@ def lock(file: IO, busy: str, start: int = 0) -> None:
         raise UserError(busy) from error
     except OSError as error:
         print(f"{file.name} cannot be locked ({error.strerror}): let no other process do the same meanwhile")
+
+
+@contextmanager
+def locked_folder(folder: str) -> Iterator[None]:
+    """Within this context no other process writes results to the folder, which would replace each other.
+    Raises UserError if one does already, or the folder cannot be written to."""
+    path = f"{folder}/.lock"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        lock(file, f"another process writes its results to {folder}: wait until it has ended")
+        yield
+    with suppress(OSError):
+        os.remove(path)
 
 
 def read_lines(path: str, hint: str) -> Iterator[tuple[int, str]]:

@@ -412,24 +412,33 @@ def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path
     assert len(rows) >= 30 - 6  # eval_batch_size 4 are written meanwhile
 
 
-def test_two_predictions_into_one_folder(cli, trained, tmp_path, monkeypatch):
-    """The second would not know the masks of the first: their names, and their rows."""
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_two_processes_write_to_one_folder(cli, trained, tmp_path, evaluates):
+    """The second would not know the masks of the first, their names, and their rows; of two evaluations with
+    other flags some masks of each would stay."""
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    flags = ["--predict", "a.png", "--checkpoint", trained[0], "--out", "out"]
-    program = "import time; from commands.predict import lock_folder; f = lock_folder('out'); "
-    program += "print(1, flush=True); time.sleep(99)"
+    checkpoint = shutil.copy(trained[0], tmp_path / "x.pth")
+    folder, names = "out", ["a_mask.png", "a_overlay.jpg", "predictions.csv"]
+    flags = ["--predict", "a.png", "--checkpoint", checkpoint, "--out", "out"]
+    if evaluates:
+        folder, names = "data/val/x", ["metrics.json", "per_image.csv", "report.html", "report_files"]
+        names = [*names, "samples.png", "val0.png", "val1.png"]
+        flags = ["--dataset", "custom", "--data_root", trained[1], "--checkpoint", checkpoint, "--workers", 0]
+    program = "import sys, time; from files.whole import locked_folder\n"
+    program += "with locked_folder(sys.argv[1]): print(1, flush=True); time.sleep(99)"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(main.__file__)}
     options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program], **options) as other:
+    with subprocess.Popen([sys.executable, "-c", program, folder], **options) as other:
         try:
             assert other.stdout.readline()
             status, _, err = cli(*flags)
         finally:
             other.kill()
-    assert status == 1 and one_line(err) and "another prediction writes to out: wait until" in err
-    assert not (tmp_path / "out/a_mask.png").exists()
+    assert status == 1 and one_line(err)
+    assert f"another process writes its results to {folder}: wait until it has ended" in err
+    assert os.listdir(folder) == [".lock"]
     assert cli(*flags)[0] == 0  # the other was killed
-    assert sorted(os.listdir("out")) == ["a_mask.png", "a_overlay.jpg", "predictions.csv"]
+    assert sorted(os.listdir(folder)) == names
 
 
 def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
