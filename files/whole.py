@@ -82,9 +82,11 @@ def locked_folder(folder: str) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     with file:
         lock(file, f"another process writes its results to {folder}: wait until it has ended")
-        yield
-    with suppress(OSError):
-        os.remove(path)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps open files
+                os.remove(path)
 
 
 def read_lines(path: str, hint: str) -> Iterator[tuple[int, str]]:
