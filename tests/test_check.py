@@ -217,7 +217,9 @@ def test_picture_shows_an_image_whose_turn_is_unclear(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3
     Image.new("RGB", (64, 64), (250, 0, 250)).save(root / "images/train1.jpg", exif=exif)
-    Image.new("L", (64, 64)).save(root / "masks/train1.png")  # not the best of any class
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:16], mask[16:20], mask[20:24] = 255, 1, 2  # others show more of each class
+    Image.fromarray(mask).save(root / "masks/train1.png")
     parts = [Split("train", ListSegmentation(str(root), "train"), str(tmp_path / "page"))]
     report(parts, str(tmp_path / "x.png"))
     pixels = np.array(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
