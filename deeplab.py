@@ -7,10 +7,9 @@ model from ImageNet weights or from a checkpoint.
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
 from files.images import AS_STORED, enlarge, read_image, shrink, to_array, to_rgb
+from inference import Inference, Result, blend
 from utils import UserError
 
 # The backbones: the arguments of torchvision's ResNet, or none for the network of that name.
@@ -47,33 +47,6 @@ NORMS = {
     Conv2dNormActivation: {"0": "1"},
     SqueezeExcitation: {"fc1": None, "fc2": None},
 }
-
-
-class Inference(NamedTuple):
-    """How a trained network is applied to images.
-
-    Args:
-        scales: average the softmax scores over these sizes of the image, relative to its own.
-        flip: average them over the mirrored image, too.
-        amp: number format of the convs, as for `autocast`.
-        batch_size: images, or tiles, in one forward pass.
-        max_side: a photo with a longer side is predicted at this size; bounds the memory.
-        tile: a larger image is segmented in windows of this side at its full size, see `commands.tiles`.
-        overlap: the share of its side, up to 1/2, by which a window overlaps the next.
-    """
-
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    amp: str | None = None
-    batch_size: int = 4
-    max_side: int = 2049
-    tile: int | None = None
-    overlap: float = 0.25
-
-    @property
-    def images(self) -> int:
-        """The number of images in a batch, which with tiles is of windows of one of them."""
-        return 1 if self.tile else self.batch_size
 
 
 ONE_PASS = Inference()
@@ -446,6 +419,16 @@ class DeepLabv3(nn.Module):
         scores = self.scores(x.contiguous(memory_format=self.memory_format), inference, softmax)
         return F.pad(scores, [0, -right, 0, -below])
 
+    def segment_tiles(
+        self, image: Image.Image, inference: Inference, finish: Callable[[Tensor], Result]
+    ) -> Iterator[tuple[slice, slice, Result]]:
+        """`blend` the scores of an RGB image in tiles."""
+
+        def segment(images: Tensor) -> Tensor:
+            return self.segment(images.to(self.pixel_mean.device), inference, softmax=True)
+
+        return blend(segment, image, inference, finish)
+
     @torch.inference_mode()
     def predict(
         self,
@@ -454,6 +437,8 @@ class DeepLabv3(nn.Module):
         flip: bool = False,
         max_side: int = 2049,
         probabilities: bool = False,
+        tile: int | None = None,
+        overlap: float = 0.25,
     ) -> np.ndarray | list[np.ndarray]:
         """Segment an image: a PIL image of any mode and size, turned as its EXIF orientation says, the path
         of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey; or a list of them.
@@ -461,16 +446,22 @@ class DeepLabv3(nn.Module):
         Args:
             scales, flip, max_side: as for `Inference`.
             probabilities: give those of all classes, float32 (num_classes, H, W), instead of labels.
+            tile: segment a larger image in windows of this side at its full size, and do not shrink it.
+            overlap: the share of its side, up to 1/2, by which a window overlaps the next.
 
         Returns:
             uint8 labels (H, W), of the turned image's size; a list of them for a list.
 
         Raises:
             UserError: if a file cannot be read, or not as the model's images were (see `Reading`).
+            ValueError: if `tile` is no size, or `overlap` not in 0..1/2.
             TypeError: for anything else, such as a tensor or an array of floats.
         """
+        if (tile is not None and tile < 1) or not 0 <= overlap <= 0.5:
+            raise ValueError(f"tile takes a side in pixels and overlap 0 to 0.5, not {tile} and {overlap}")
         if isinstance(image, list | tuple):
-            return [self.predict(one, scales, flip, max_side, probabilities) for one in image]
+            options = (scales, flip, max_side, probabilities, tile, overlap)
+            return [self.predict(one, *options) for one in image]
         if isinstance(image, str | os.PathLike):
             image = read_image(os.fspath(image), self.reading)
         elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
@@ -483,14 +474,23 @@ class DeepLabv3(nn.Module):
                 f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
             )
             raise TypeError(f"predict takes {taken}, not {given}")
+        inference, size = Inference(scales, flip, tile=tile, overlap=overlap), image.size
         training = self.training
-        pixels = torch.from_numpy(to_array(shrink(image, max_side))).permute(2, 0, 1)[None]
-        pixels = pixels.to(self.pixel_mean.device)
-        scores = self.eval().segment(pixels, Inference(scales, flip), softmax=probabilities)
+        self.eval()
+        if inference.takes_tiles(size):
+            classes = [self.config["num_classes"]] if probabilities else []
+            out = np.empty((*classes, *size[::-1]), np.float32 if probabilities else np.uint8)
+            finish = Tensor.cpu if probabilities else lambda scores: scores.argmax(0).byte().cpu()
+            for rows, columns, piece in self.segment_tiles(image, inference, finish):
+                out[..., rows, columns] = piece
+            self.train(training)
+            return out
+        pixels = torch.from_numpy(to_array(image if tile else shrink(image, max_side))).permute(2, 0, 1)[None]
+        scores = self.segment(pixels.to(self.pixel_mean.device), inference, softmax=probabilities)
         self.train(training)
         if probabilities:
-            return self.resize(scores.float(), image.size[::-1])[0].cpu().numpy()
-        return enlarge(scores[0].argmax(0).byte().cpu().numpy(), image.size)
+            return self.resize(scores.float(), size[::-1])[0].cpu().numpy()
+        return enlarge(scores[0].argmax(0).byte().cpu().numpy(), size)
 
     def train(self, mode: bool = True) -> "DeepLabv3":
         super().train(mode)

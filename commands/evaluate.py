@@ -13,12 +13,13 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from commands.tiles import is_larger, segment_tiles
+from commands.predict import segment_tiles
 from datasets import SegmentationDataset, load_batches
-from deeplab import DeepLabv3, Inference
+from deeplab import DeepLabv3
 from files.pictures import sample_row, sample_sheet, save_image
 from files.report import Card, files_folder, save_evaluation, save_preview
 from files.whole import locked_folder, save_csv, save_json
+from inference import Inference
 from utils import (
     IGNORE_INDEX,
     RANK,
@@ -29,6 +30,8 @@ from utils import (
     percent,
     progress,
 )
+
+COUNTED = 1 << 22  # pixels that are counted at once, in integers of 64 bits
 
 
 def confusion_matrices(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
@@ -42,11 +45,14 @@ def confusion_matrices(predictions: Tensor, targets: Tensor, num_classes: int) -
         int64 (N, num_classes, num_classes) on the device of the inputs.
     """
     count, bins = len(targets), num_classes**2 + 1  # the last bin of an image is for what is ignored
-    pairs = targets.long() * num_classes + predictions
-    pairs = pairs.where(targets != IGNORE_INDEX, num_classes**2).view(count, -1)
-    pairs += bins * pairs.new_tensor(range(count))[:, None]
-    counts = pairs.flatten().bincount(minlength=count * bins).view(count, bins)
-    return counts[:, :-1].reshape(count, num_classes, num_classes)
+    first = torch.arange(0, count * bins, bins, device=targets.device)[:, None, None]
+    counts = torch.zeros(count * bins, dtype=torch.int64, device=targets.device)
+    rows = max(1, COUNTED // targets[:, 0].numel())
+    for truth, predicted in zip(targets.split(rows, 1), predictions.split(rows, 1), strict=True):
+        pairs = truth.long() * num_classes + predicted
+        pairs = pairs.where(truth != IGNORE_INDEX, num_classes**2) + first
+        counts += pairs.flatten().bincount(minlength=count * bins)
+    return counts.view(count, bins)[:, :-1].reshape(count, num_classes, num_classes)
 
 
 def metrics(confusion: Tensor) -> dict:
@@ -149,7 +155,7 @@ class Details:
     ) -> Card:
         """The image on the page; writes its previews."""
         stem = f"{files_folder(f'{self.folder}/report.html')}/{index}"
-        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        picture = to_picture(image)
         errors = np.where(labels == truth, np.uint8(IGNORE_INDEX), truth)
         save_preview(stem, picture, [truth, labels, errors], self.dataset.palette)
         pairs = confusion.nonzero()
@@ -159,7 +165,7 @@ class Details:
         return Card(result.name, stem, picture.size, cells, result.mean_iou, mask)
 
     def draw(self, image: Tensor, truth: Tensor, labels: np.ndarray) -> Row:
-        picture, truth = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), truth.cpu().numpy()
+        picture, truth = to_picture(image), truth.cpu().numpy()
         seen = {*np.unique(labels).tolist(), *np.unique(truth).tolist()} - {IGNORE_INDEX}
         return Row(sample_row(picture, truth, labels, self.dataset.palette), seen)
 
@@ -230,12 +236,18 @@ def evaluate(
 
 def predict_labels(model: DeepLabv3, images: Tensor, sizes: Tensor, inference: Inference) -> Tensor:
     """The labels, uint8 (N, H, W), of a padded batch: uint8 images (N, 3, H, W) of the sizes (N, 2)."""
-    if not inference.tile or not is_larger(sizes.flatten().tolist(), inference):
+    if not inference.takes_tiles(sizes.flatten().tolist()):
         return model.scores(model.normalize(images, sizes), inference).argmax(1).byte()
     labels = torch.zeros_like(images[:, 0])
     for i, (h, w) in enumerate(sizes.tolist()):
-        labels[i, :h, :w] = segment_tiles(model, images[i, :, :h, :w], inference, False)[0]
+        found, _ = segment_tiles(model, to_picture(images[i, :, :h, :w]), inference, False)
+        labels[i, :h, :w] = torch.from_numpy(found)
     return labels
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A uint8 image (3, H, W) as a picture."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def results_folder(checkpoint: str, split: str, root: str) -> str:

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from commands.tiles import is_larger, segment_tiles
 from datasets import batches_of_one_size
-from deeplab import DeepLabv3, Inference
+from deeplab import DeepLabv3
 from files.images import (
     DARK,
     Header,
@@ -26,13 +25,13 @@ from files.images import (
     enlarge,
     read_header,
     read_image,
-    reduce,
     shrink,
     to_array,
 )
 from files.lists import describe_left_out, is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
 from files.whole import free_name, read_csv, save_csv
+from inference import Inference, windows
 from utils import UserError, ahead, end_if_stopped, progress
 
 PIXELS_AHEAD = 2**26  # that are read before their turn, or wait to be written
@@ -81,11 +80,11 @@ def read_paths() -> list[str]:
 
 
 class Photo(NamedTuple):
-    """An image to predict: its (width, height), uint8 (3, H, W) of the size to predict it at, its header, and
+    """An image to predict: its (width, height), the RGB image of the size to predict it at, its header, and
     whether it has values of 16 bits that are nearly black as they are read."""
 
     size: tuple[int, int]
-    pixels: Tensor
+    image: Image.Image
     header: Header
     dark: bool
 
@@ -96,13 +95,13 @@ def read_photo(path: str, inference: Inference, reading: Reading) -> Photo | Use
         header = read_header(path, reading)
         image = decode(path, header, reading)
         size = image.size
-        pixels = to_array(image if inference.tile else shrink(image, inference.max_side))
+        image = image if inference.tile else shrink(image, inference.max_side)
     except UserError as error:
         return error
     except MemoryError:
         return UserError(f"{path} does not fit into memory")
-    dark = header.kind == "uint16" and reading.value_range is None and pixels.max() < DARK >> 8
-    return Photo(size, torch.from_numpy(pixels).permute(2, 0, 1), header, bool(dark))
+    dark = header.kind == "uint16" and reading.value_range is None
+    return Photo(size, image, header, dark and max(high for _, high in image.getextrema()) < DARK >> 8)
 
 
 def read_size(path: str, reading: Reading) -> tuple[int, int] | None:
@@ -148,11 +147,11 @@ def predict_files(
         yield from ((i, error) for i, error in found if isinstance(error, UserError))
         # Of one size, unless a file has changed meanwhile.
         read = [(i, photo) for i, photo in found if isinstance(photo, Photo)]
-        for _, group in groupby(read, lambda item: item[1].pixels.shape):
+        for _, group in groupby(read, lambda item: item[1].image.size):
             group = list(group)
-            results = predict_batch(model, [photo.pixels for _, photo in group], inference, confidence)
+            results = predict_batch(model, [photo.image for _, photo in group], inference, confidence)
             for (index, photo), result in zip(group, results, strict=True):
-                notes["shrunk"] += photo.pixels.shape[:0:-1] != photo.size
+                notes["shrunk"] += photo.image.size != photo.size
                 notes["dark"] += photo.dark
                 notes["frames"] += photo.header.frames > 1
                 yield index, photo, *result
@@ -217,19 +216,38 @@ def save_rows(out: str, header: list[str], earlier: list[list[str]], rows: list[
 
 @torch.inference_mode()
 def predict_batch(
-    model: DeepLabv3, pixels: list[Tensor], inference: Inference, confidence: bool
+    model: DeepLabv3, images: list[Image.Image], inference: Inference, confidence: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """For each image uint8 (3, H, W), all of one size, the labels uint8 (H, W) and, with `confidence`, their
+    """For each RGB image, all of one size, the labels uint8 (H, W) and, with `confidence`, their
     probabilities, uint8 (H, W) where 255 is 1."""
-    if is_larger(pixels[0].shape[1:], inference):
-        for image in pixels:
-            labels, best = segment_tiles(model, image, inference, confidence)
-            yield labels.numpy(), best.numpy() if confidence else None
+    if inference.takes_tiles(images[0].size):
+        yield from (segment_tiles(model, image, inference, confidence) for image in images)
         return
-    images = torch.stack(pixels).to(model.pixel_mean.device)
-    best, labels = model.segment(images, inference, softmax=confidence).max(1)
-    best = (255 * best).round().byte().cpu().numpy() if confidence else [None] * len(pixels)
+    pixels = torch.from_numpy(np.stack([to_array(image) for image in images])).permute(0, 3, 1, 2)
+    best, labels = model.segment(pixels.to(model.pixel_mean.device), inference, softmax=confidence).max(1)
+    best = (255 * best).round().byte().cpu().numpy() if confidence else [None] * len(images)
     yield from zip(labels.byte().cpu().numpy(), best, strict=True)
+
+
+@torch.inference_mode()
+def segment_tiles(
+    model: DeepLabv3, image: Image.Image, inference: Inference, confidence: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same of one image, in tiles. Raises Stopped if a stop signal has come."""
+    labels = np.empty(image.size[::-1], np.uint8)
+    best = np.empty_like(labels) if confidence else None
+
+    def finish(scores: Tensor) -> tuple[Tensor, Tensor]:
+        probability, label = scores.max(0)
+        return label.byte().cpu(), (255 * probability).round().byte().cpu()
+
+    pieces = model.segment_tiles(image, inference, finish)
+    count = math.prod(len(windows(side, inference.tile, inference.overlap)) for side in image.size)
+    for rows, columns, (label, probability) in progress(pieces, "tiles", count, "tile"):
+        labels[rows, columns] = label
+        if confidence:
+            best[rows, columns] = probability
+    return labels, best
 
 
 def write_result(
@@ -240,15 +258,15 @@ def write_result(
 
     `labels` and `best` are uint8 (H, W) of the size that was predicted. The overlay of a very large photo is
     a smaller picture. Returns the share of each class. Raises UserError if a file cannot be written."""
-    shrunk = labels.shape != photo.size[::-1]
+    shrunk = photo.image.size != photo.size
     labels = enlarge(labels, photo.size) if shrunk else labels
     save_mask(f"{path}_mask.png", labels, model.palette)
     # Row by row, for it counts in integers of 64 bits.
     counts = np.sum([np.bincount(row, minlength=len(model.classes)) for row in labels], 0)
     # A photo that was shrunk is decoded once more, so as not to hold many of them.
-    pixels = to_array(read_image(file, model.reading)) if shrunk else photo.pixels.permute(1, 2, 0).numpy()
+    image = read_image(file, model.reading) if shrunk else photo.image
     factor = math.ceil(max((labels.size / OVERLAY_PIXELS) ** 0.5, max(labels.shape) / OVERLAY_SIDE))
-    picture = overlay(reduce(pixels, factor), labels[::factor, ::factor], model.palette)
+    picture = overlay(image, labels, model.palette, factor)
     legend = np.flatnonzero(counts)
     save_image(f"{path}_overlay.jpg", add_legend(picture, legend, model.classes, model.palette))
     if best is not None:

@@ -308,7 +308,7 @@ def decode_by(convert: Convert, path: str, header: Header, reading: Reading) -> 
     if header.deep:
         bands = reading.bands or (1, 2, 3)
         numbers = [0 if header.bands == 1 else band - 1 for band in bands]
-        image = Image.fromarray(tiffs.read_bands(path, numbers, convert))
+        image = tiffs.read_bands(path, numbers, convert)
         return image if header.turn is None else image.transpose(header.turn)
     image = open_image(path, max_pixels=reading.max_pixels)
     if header.kind == "uint16" and image.mode in ("RGB", "RGBA") and reading.value_range:
@@ -335,14 +335,17 @@ def flatten(
     """An image of any mode as `to_rgb`; its samples are of this `kind`."""
     image = upright(image)
     if image.mode.startswith(("I", "F")):  # grey, of which Pillow makes no RGB
-        grey = [convert(as_kind(np.asarray(strip), kind)) for _, strip in strips(image)]
-        return Image.fromarray(np.concatenate(grey)).convert("RGB")
+        image, stored = Image.new("RGB", image.size), image
+        for y, strip in strips(stored):
+            grey = convert(as_kind(np.asarray(strip), kind))
+            image.paste(Image.fromarray(grey).convert("RGB"), (0, y))
+        return image
     if image.has_transparency_data:
         image, stored = Image.new("RGB", image.size), image
         for y, strip in strips(stored):
             white = Image.new("RGBA", strip.size, "white")
             image.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, y))
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies
     if bands in (None, (1, 2, 3)):
         return image
     return Image.merge("RGB", [image.getchannel(band - 1) for band in bands])
@@ -435,15 +438,6 @@ def shrink(image: Image.Image, max_side: int) -> Image.Image:
     """An image, made smaller if a side is longer than `max_side`."""
     factor = min(1.0, max_side / max(image.size))
     return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
-
-
-def reduce(pixels: np.ndarray, factor: int) -> Image.Image:
-    """uint8 RGB (H, W, 3) as a picture, `factor` times smaller: the mean of each square of that side."""
-    if factor == 1:
-        return Image.fromarray(pixels)
-    height = factor * tiffs.ROWS
-    parts = [Image.fromarray(pixels[y : y + height]) for y in range(0, len(pixels), height)]
-    return Image.fromarray(np.concatenate([np.asarray(part.reduce(factor)) for part in parts]))
 
 
 def enlarge(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

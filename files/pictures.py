@@ -1,5 +1,6 @@
 """Pictures of labels: palettes, overlays, legends, sheets of samples; plots."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -34,9 +35,16 @@ def colorize(mask: np.ndarray, palette: Palette) -> Image.Image:
     return Image.fromarray(colors[mask])
 
 
-def overlay(image: Image.Image, mask: np.ndarray, palette: Palette) -> Image.Image:
-    """The labels' colours laid half transparent over their RGB image."""
-    return Image.blend(image, colorize(mask, palette), 0.5)
+def overlay(image: Image.Image, mask: np.ndarray, palette: Palette, factor: int = 1) -> Image.Image:
+    """The labels' colours laid half transparent over their RGB image, `factor` times smaller: there the image
+    is the mean of each square of that side."""
+    width, height = (math.ceil(side / factor) for side in image.size)
+    picture = Image.new("RGB", (width, height))
+    for y in range(0, height, 64):  # in strips, as each of these steps makes another picture
+        box = (0, y * factor, image.width, min(image.height, (y + 64) * factor))
+        colors = colorize(mask[box[1] : box[3] : factor, ::factor], palette)
+        picture.paste(Image.blend(image.crop(box).reduce(factor), colors, 0.5), (0, y))
+    return picture
 
 
 def add_legend(

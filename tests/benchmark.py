@@ -36,10 +36,11 @@ import deeplab
 import main
 from commands.check import drop_bad
 from commands.evaluate import confusion_matrices, evaluate
-from commands.tiles import segment_tiles, windows
+from commands.predict import segment_tiles
 from datasets import SegmentationDataset
 from files.masks import VOC_CLASSES, Labels
 from files.pictures import voc_palette
+from inference import windows
 
 SIZE = 513  # of crops and of padded images
 GFLOP = 142  # of a forward pass of resnet101 at that size
