@@ -36,7 +36,7 @@ import deeplab
 import main
 from commands.check import drop_bad
 from commands.evaluate import confusion_matrices, evaluate
-from commands.predict import segment_tiles
+from commands.predict import predict_batch, segment_tiles
 from datasets import SegmentationDataset
 from files.masks import VOC_CLASSES, Labels
 from files.pictures import voc_palette
@@ -353,17 +353,20 @@ def evaluation_rows(dataset: SegmentationDataset, device: torch.device, sync: Ca
 @torch.inference_mode()
 def tile_rows(device: torch.device, sync: Callable) -> list[tuple]:
     """An image in tiles beside the whole of it at once, by the pixels that the network sees."""
-    side = 4096 if device.type == "cuda" else 2048
+    side = 4096
     model = deeplab.build("mobilenet_v3_large", False).fuse().place(device)
-    image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-    inference = deeplab.Inference(batch_size=1, tile=SIZE)
-    seen = (len(windows(side, SIZE, inference.overlap)) * SIZE) ** 2 / 1e6
-    tiled = partial(segment_tiles, model, image, inference)
-    a, b, _ = compare(
-        tiled, lambda: model.segment(image[None].to(device), softmax=True).max(1)[1].byte().cpu(), 2, sync
-    )
-    a, b = 1000 * a / seen, 1000 * b / (side**2 / 1e6)
-    return [(f"megapixel in tiles of {SIZE}; of {side}x{side} at once", f"{a:.0f} ms", f"{b:.0f} ms", b / a)]
+    image = Image.effect_noise((side, side), 80).convert("RGB")
+    rows = []
+    for tile in (SIZE, 1025):
+        inference = deeplab.Inference(batch_size=1, tile=tile)
+        seen = (len(windows(side, tile, inference.overlap)) * tile) ** 2 / side**2
+        tiled = partial(segment_tiles, model, image, inference, True)
+        whole = partial(predict_batch, model, [image], deeplab.Inference(), True)
+        a, b, _ = compare(tiled, lambda whole=whole: list(whole()), 2, sync)
+        a, b = 1000 * a / seen / (side**2 / 1e6), 1000 * b / (side**2 / 1e6)
+        what = f"megapixel in tiles of {tile}, which see {seen:.2f} times the image; of {side}x{side} at once"
+        rows.append((what, f"{a:.0f} ms", f"{b:.0f} ms", b / a))
+    return rows
 
 
 def count_rows(device: torch.device, sync: Callable) -> list[tuple]:

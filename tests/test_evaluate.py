@@ -143,6 +143,19 @@ def test_published_checkpoint_evaluates_to_the_counts_of_its_network(cli, tmp_pa
     assert metrics["confusion"] == confusion_matrices(labels, truth, 21)[0].tolist()
 
 
+@pytest.mark.parametrize("counted", [1, 100, 2000])
+def test_counts_of_a_large_image_are_taken_by_rows(monkeypatch, counted):
+    rng = np.random.default_rng(0)
+    predictions, targets = (torch.from_numpy(rng.integers(0, 4, (2, 37, 23), np.uint8)) for _ in range(2))
+    targets[:, 5:20, 3:9] = 255
+    whole = confusion_matrices(predictions, targets, 4)
+    for counts, truth, predicted in zip(whole, targets, predictions, strict=True):
+        pairs = [((truth == t) & (predicted == p)).sum().item() for t in range(4) for p in range(4)]
+        assert counts.flatten().tolist() == pairs
+    monkeypatch.setattr("commands.evaluate.COUNTED", counted)
+    assert torch.equal(confusion_matrices(predictions, targets, 4), whole)
+
+
 def test_scores_average_the_softmax_over_scales_and_flip():
     torch.manual_seed(0)
     model = deeplab.build("tiny", False, 3).eval()

@@ -100,18 +100,19 @@ def test_two_processes_train_and_evaluate(cli, tmp_path):
         "deeplab_tiny_custom_v3_x_epoch2.pth",
     ]
 
-    assert end(*start_ranks([tmp_path, tmp_path], *flags)) == [0, 0]
-    assert text(tmp_path / "out0").count("Mean IoU:") == 1 and text(tmp_path / "out1") == ""
-    (metrics,) = (tmp_path / "data").rglob("metrics.json")
-    two = files_below(metrics.parent)
-    assert cli(*flags)[0] == 0
-    one = files_below(metrics.parent)
-    others = {"samples.png", "report.html", "per_image.csv", "metrics.json"}
-    previews = {f"report_files/{i}.{ending}" for i in range(5) for ending in ("jpg", "png")}
-    assert {f"val{i}.png" for i in range(5)} | others | previews == set(one)
-    one, two = ({**files, "report.html": without_date(files["report.html"])} for files in (one, two))
-    counts = [json.loads(files.pop("metrics.json"))["confusion"] for files in (one, two)]
-    assert counts[0] == counts[1] and one == two
+    for tile in ([], ["--tile", 33]):
+        assert end(*start_ranks([tmp_path, tmp_path], *flags, *tile)) == [0, 0]
+        assert text(tmp_path / "out0").count("Mean IoU:") == 1 and text(tmp_path / "out1") == ""
+        (metrics,) = (tmp_path / "data").rglob("metrics.json")
+        two = files_below(metrics.parent)
+        assert cli(*flags, *tile)[0] == 0
+        one = files_below(metrics.parent)
+        others = {"samples.png", "report.html", "per_image.csv", "metrics.json"}
+        previews = {f"report_files/{i}.{ending}" for i in range(5) for ending in ("jpg", "png")}
+        assert {f"val{i}.png" for i in range(5)} | others | previews == set(one)
+        one, two = ({**files, "report.html": without_date(files["report.html"])} for files in (one, two))
+        counts = [json.loads(files.pop("metrics.json"))["confusion"] for files in (one, two)]
+        assert counts[0] == counts[1] and one == two
 
 
 def test_two_processes_lose_patience_together(tmp_path):
