@@ -275,6 +275,23 @@ def test_what_a_folder_leaves_out():
         assert lists.describe_left_out(["a.HEIC"]) == "left out 1: 1 .heic (pip install pillow-heif)"
 
 
+def test_photos_of_a_phone(cli, trained, tmp_path):
+    """HEIC, which phones write, upright and turned by EXIF."""
+    pytest.importorskip("pillow_heif")
+    photo, exif = Image.open(trained[1] / "images/train0.jpg").convert("RGB"), Image.Exif()
+    exif[274] = 6
+    (tmp_path / "in").mkdir()
+    photo.save(tmp_path / "in/a.heic", quality=95)
+    photo.save(tmp_path / "in/b.HEIF", quality=95, exif=exif.tobytes())
+    expected = np.asarray(photo).astype(int)
+    for name, turned in (("a.heic", expected), ("b.HEIF", np.rot90(expected, -1))):
+        path = tmp_path / "in" / name
+        assert read_header(str(path)).size == turned.shape[1::-1]
+        assert np.abs(pixels(path) - turned).mean() < 5
+    status, out, _ = cli("--predict", "in", "--checkpoint", trained[0], "--out", "out")
+    assert status == 0 and "left out" not in out and "2 of 2 images" in out
+
+
 def infrared(root: Path, bits: int = 12) -> Path:
     """The small data set as TIFFs of four bands, red, green, blue and infrared, of `bits` in 16."""
     make_list_dataset(root)
