@@ -129,9 +129,11 @@ class SegmentationDataset(Dataset):
         paths = [mask if mask and uses[mask] == 1 else image for image, mask in self.pairs]
         return unique_names(paths, taken=("samples",))
 
-    def save(self, folder: str, index: int, labels: np.ndarray) -> None:
-        """Write predicted labels (H, W), as a palette PNG."""
-        save_mask(f"{folder}/{self.names[index]}.png", labels, self.palette)
+    def save(self, folder: str, index: int, labels: np.ndarray) -> str:
+        """Write predicted labels (H, W), as a palette PNG; returns its path."""
+        path = f"{folder}/{self.names[index]}.png"
+        save_mask(path, labels, self.palette)
+        return path
 
     def collate(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Samples to a batch, padded on the right and below: images with 0, masks with `IGNORE_INDEX`.
@@ -200,10 +202,10 @@ class VOCSegmentation(SegmentationDataset):
             pairs = read_list(folder, list_name, "`python main.py --download pascal` fetches the data set")
         super().__init__(pairs, self.labels, crop_size, seed, (513, 513))
 
-    def save(self, folder: str, index: int, labels: np.ndarray) -> None:
+    def save(self, folder: str, index: int, labels: np.ndarray) -> str:
         """As for all; for the split test in the folders in which its server looks for it."""
         results = "results/VOC2012/Segmentation/comp6_test_cls"
-        super().save(f"{folder}/{results}" if self.split == "test" else folder, index, labels)
+        return super().save(f"{folder}/{results}" if self.split == "test" else folder, index, labels)
 
 
 class Cityscapes(SegmentationDataset):
@@ -243,14 +245,16 @@ class Cityscapes(SegmentationDataset):
     def labels_of(self, mask_path: str) -> Labels:
         return self.train_ids if mask_path.endswith("_labelTrainIds.png") else self.labels
 
-    def save(self, folder: str, index: int, labels: np.ndarray) -> None:
+    def save(self, folder: str, index: int, labels: np.ndarray) -> str:
         """As for all; for the split test the ids that its server takes, under a name that begins with the
         frame's."""
         if self.split != "test":
             return super().save(folder, index, labels)
         name = self.names[index].removesuffix("_leftImg8bit")
         ids = np.array(self.ids, np.uint8)[labels]
-        save_image(f"{folder}/results/{name}_pred_labelIds.png", Image.fromarray(ids))
+        path = f"{folder}/results/{name}_pred_labelIds.png"
+        save_image(path, Image.fromarray(ids))
+        return path
 
 
 class ListSegmentation(SegmentationDataset):

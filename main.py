@@ -48,6 +48,7 @@ from commands.check import check, prepare
 from commands.convert import convert
 from commands.evaluate import (
     evaluate,
+    print_left_over,
     print_never_predicted,
     print_results,
     results_folder,
@@ -416,6 +417,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if RANK:
         return
     about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
+    print_left_over(folder, details)
     if not dataset.has_masks:
         save_json(f"{folder}/metrics.json", about)  # whose predictions these are
         print(f"without masks there is nothing to compare with: the predictions are in {folder}")

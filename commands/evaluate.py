@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from glob import escape, glob
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +127,7 @@ class Details:
         self.samples: dict[int, Row] = {}
         self.results: dict[int, ImageResult] = {}
         self.cards: dict[int, Card] = {}
+        self.written: set[str] = set()  # paths of predictions
 
     def add_batch(self, batch: tuple[list[int], Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """The confusion matrix, on the CPU, of a padded batch: indices, images uint8 (N, 3, H, W), masks and
@@ -144,7 +146,7 @@ class Details:
             self.samples[index] = self.draw(image, truth, labels)
         if not self.folder:
             return
-        self.dataset.save(self.folder, index, labels)
+        self.written.add(self.dataset.save(self.folder, index, labels))
         name, classes = self.dataset.names[index], self.dataset.classes
         self.results[index] = image_result(name, confusion, classes)
         if self.dataset.has_masks:
@@ -172,8 +174,9 @@ class Details:
     def gather(self) -> None:
         """Add what the other processes have kept."""
         parts = [None] * WORLD
-        dist.all_gather_object(parts, (self.samples, self.results, self.cards))
-        for samples, results, cards in parts:
+        dist.all_gather_object(parts, (self.samples, self.results, self.cards, self.written))
+        for samples, results, cards, written in parts:
+            self.written |= written
             self.samples.update(samples)
             self.results.update(results)
             self.cards.update(cards)
@@ -287,6 +290,20 @@ def write_results(
         for name in ("iou", "precision", "recall", "f1")
     }
     save_json(f"{folder}/metrics.json", {**result, **by_class, **about})
+
+
+def print_left_over(folder: str, details: Details) -> None:
+    """Print how many files an earlier evaluation, of other images or with masks, has left beside those of
+    this one."""
+    pages = [f"{folder}/{name}" for name in ("samples.png", "report.html", "per_image.csv")]
+    folders = {folder, *map(os.path.dirname, details.written)}
+    found = {path for place in folders for path in glob(f"{escape(place)}/*.png")}
+    found |= set(filter(os.path.exists, pages))
+    own = details.written | set(pages if details.dataset.has_masks else [])
+    if old := sorted(found - own):
+        print(
+            f"{len(old)} files in {folder} are of an earlier evaluation, {old[0]} is one: move or delete them"
+        )
 
 
 def print_never_predicted(classes: Sequence[str], result: dict) -> None:

@@ -502,3 +502,24 @@ def test_evaluation_of_2000_images_in_bounded_memory(many):
         assert np.sum(result["confusion"]) == sum((7 + i % 3) * 9 for i in range(count))
         used.append(memory())
     assert used[1] - used[0] < 50, used
+
+
+def test_files_of_an_earlier_evaluation_are_told(cli, trained):
+    """Of a longer list, and of one with masks; they are the user's to delete."""
+    checkpoint, root = trained
+    flags = ["--checkpoint", checkpoint, "--dataset", "custom", "--data_root", root, "--workers", 0]
+    status, out, _ = cli(*flags)
+    assert status == 0 and "earlier evaluation" not in out
+    assert "earlier evaluation" not in cli(*flags)[1]
+    folder = next(Path("data/val").iterdir())
+    lines = (root / "list/val.txt").read_text().splitlines()
+    (root / "list/val.txt").write_text("\n".join(lines[1:]))
+    status, out, _ = cli(*flags)
+    old = folder / f"{Path(lines[0].split()[1]).stem}.png"
+    assert status == 0 and f"1 files in {folder} are of an earlier evaluation, {old} is one" in out
+    assert old.exists()
+    (root / "list/test.txt").write_text("\n".join(lines))
+    assert cli(*flags, "--split", "test")[0] == 0
+    (root / "list/test.txt").write_text("\n".join(line.split()[0] for line in lines[1:]))
+    status, out, _ = cli(*flags, "--split", "test")
+    assert status == 0 and "4 files in" in out and "per_image.csv is one" in out
