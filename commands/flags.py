@@ -248,7 +248,7 @@ def convert_options(args: argparse.Namespace) -> dict:
 
 
 def inference_options(args: argparse.Namespace) -> dict:
-    """The arguments of `deeplab.Inference` that the flags give."""
+    """The arguments of `inference.Inference` that the flags give."""
     return {
         "scales": tuple(args.scales),
         "flip": args.flip,

@@ -186,7 +186,7 @@ def print_notes(notes: Counter, inference: Inference) -> None:
     several `frames`."""
     if notes["shrunk"]:
         longer = f"{notes['shrunk']} images are longer than --max_side {inference.max_side}"
-        print(f"{longer}: predicted at that size, then enlarged; --tile 1025 segments them at their own")
+        print(f"{longer}: predicted at that size, then enlarged; --tile 513 segments them at their own")
     if notes["frames"]:
         print(f"{notes['frames']} images have several frames or pages: the first was predicted")
     if notes["dark"]:
