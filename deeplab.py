@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
-from files.images import AS_STORED, enlarge, read_image, shrink, to_array, to_rgb
-from inference import Inference, Result, blend
+from files.images import AS_STORED, as_rgb, enlarge, shrink, to_array
+from files.tiles import Result, blend
 from utils import UserError
 
 # The backbones: the arguments of torchvision's ResNet, or none for the network of that name.
@@ -47,6 +48,37 @@ NORMS = {
     Conv2dNormActivation: {"0": "1"},
     SqueezeExcitation: {"fc1": None, "fc2": None},
 }
+
+
+class Inference(NamedTuple):
+    """How a trained network is applied to images.
+
+    Args:
+        scales: average the softmax scores over these sizes of the image, relative to its own.
+        flip: average them over the mirrored image, too.
+        amp: number format of the convs, as for `autocast`.
+        batch_size: images, or tiles, in one forward pass.
+        max_side: a photo with a longer side is predicted at this size; bounds the memory.
+        tile: a larger image is segmented in windows of this side at its full size, see `segment_tiles`.
+        overlap: the share of its side, up to 1/2, by which a window overlaps the next.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    amp: str | None = None
+    batch_size: int = 4
+    max_side: int = 2049
+    tile: int | None = None
+    overlap: float = 0.25
+
+    @property
+    def images(self) -> int:
+        """The number of images in a batch, which with tiles is of windows of one of them."""
+        return 1 if self.tile else self.batch_size
+
+    def takes_tiles(self, size: Sequence[int]) -> bool:
+        """Whether an image of these sides is segmented in tiles."""
+        return self.tile is not None and max(size) > self.tile
 
 
 ONE_PASS = Inference()
@@ -427,7 +459,7 @@ class DeepLabv3(nn.Module):
         def segment(images: Tensor) -> Tensor:
             return self.segment(images.to(self.pixel_mean.device), inference, softmax=True)
 
-        return blend(segment, image, inference, finish)
+        return blend(segment, image, inference.tile, inference.overlap, inference.batch_size, finish)
 
     @torch.inference_mode()
     def predict(
@@ -462,18 +494,7 @@ class DeepLabv3(nn.Module):
         if isinstance(image, list | tuple):
             options = (scales, flip, max_side, probabilities, tile, overlap)
             return [self.predict(one, *options) for one in image]
-        if isinstance(image, str | os.PathLike):
-            image = read_image(os.fspath(image), self.reading)
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
-            image = Image.fromarray(image).convert("RGB")  # of the bands that the model takes
-        elif isinstance(image, Image.Image):
-            image = to_rgb(image, self.reading)
-        else:
-            taken = "a PIL image, a path, or a uint8 array (H, W, 3) of RGB or (H, W) of grey"
-            given = (
-                f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
-            )
-            raise TypeError(f"predict takes {taken}, not {given}")
+        image = as_rgb(image, self.reading)
         inference, size = Inference(scales, flip, tile=tile, overlap=overlap), image.size
         training = self.training
         self.eval()

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from commands.predict import segment_tiles
 from datasets import SegmentationDataset, load_batches
-from deeplab import DeepLabv3
+from deeplab import DeepLabv3, Inference
 from files.pictures import sample_row, sample_sheet, save_image
 from files.report import Card, files_folder, save_evaluation, save_preview
 from files.whole import locked_folder, save_csv, save_json
-from inference import Inference
 from utils import (
     IGNORE_INDEX,
     RANK,

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import batches_of_one_size
-from deeplab import DeepLabv3
+from deeplab import DeepLabv3, Inference
 from files.images import (
     DARK,
     Header,
@@ -30,8 +30,8 @@ from files.images import (
 )
 from files.lists import describe_left_out, is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
+from files.tiles import windows
 from files.whole import free_name, read_csv, save_csv
-from inference import Inference, windows
 from utils import UserError, ahead, end_if_stopped, progress
 
 PIXELS_AHEAD = 2**26  # that are read before their turn, or wait to be written

@@ -1,5 +1,6 @@
 """Images from a file's bytes to upright RGB of 8 bits, and what their headers tell by themselves."""
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -314,6 +315,20 @@ def decode_by(convert: Convert, path: str, header: Header, reading: Reading) -> 
     if header.kind == "uint16" and image.mode in ("RGB", "RGBA") and reading.value_range:
         image = convert_deep_png(image, path, convert)
     return flatten(image, header.kind, convert, reading.bands)
+
+
+def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike, reading: Reading = AS_STORED) -> Image.Image:
+    """What Python users have as `read_image`: a PIL image, the path of a file, or a uint8 array (H, W, 3) of
+    RGB or (H, W) of grey. Raises TypeError for anything else; UserError as `read_image` and `to_rgb`."""
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image), reading)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
+        return Image.fromarray(image).convert("RGB")  # of the bands that the model takes
+    if isinstance(image, Image.Image):
+        return to_rgb(image, reading)
+    taken = "a PIL image, a path, or a uint8 array (H, W, 3) of RGB or (H, W) of grey"
+    given = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
+    raise TypeError(f"predict takes {taken}, not {given}")
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_STORED) -> Image.Image:

@@ -40,7 +40,7 @@ from commands.predict import predict_batch, segment_tiles
 from datasets import SegmentationDataset
 from files.masks import VOC_CLASSES, Labels
 from files.pictures import voc_palette
-from inference import windows
+from files.tiles import windows
 
 SIZE = 513  # of crops and of padded images
 GFLOP = 142  # of a forward pass of resnet101 at that size

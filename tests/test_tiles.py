@@ -16,7 +16,8 @@ from PIL import Image
 
 import deeplab
 from commands.predict import segment_tiles
-from inference import Inference, blend, windows
+from deeplab import Inference
+from files.tiles import blend, windows
 
 
 class Network:
@@ -30,7 +31,7 @@ class Network:
         return self.function(images)
 
     def segment_tiles(self, image, inference, finish):
-        return blend(self.segment, image, inference, finish)
+        return blend(self.segment, image, inference.tile, inference.overlap, inference.batch_size, finish)
 
 
 def in_tiles(model, image, inference):

@@ -1,5 +1,4 @@
-"""How a trained network is applied to images, also to larger ones than it can take at once: windows at full
-resolution, whose scores are blended.
+"""Images larger than a network can take at once: windows at full resolution, whose scores are blended.
 
 The memory for them is bounded by the tile and the width of the image, and not by classes x height x width:
 windows go from left to right and from top to bottom, and what they share with the next is all that is kept of
@@ -7,7 +6,7 @@ their scores.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,37 +17,6 @@ from torch import Tensor
 from files.images import to_array
 
 Result = TypeVar("Result")
-
-
-class Inference(NamedTuple):
-    """How a trained network is applied to images.
-
-    Args:
-        scales: average the softmax scores over these sizes of the image, relative to its own.
-        flip: average them over the mirrored image, too.
-        amp: number format of the convs, as for `deeplab.autocast`.
-        batch_size: images, or tiles, in one forward pass.
-        max_side: a photo with a longer side is predicted at this size; bounds the memory.
-        tile: a larger image is segmented in windows of this side at its full size, see `blend`.
-        overlap: the share of its side, up to 1/2, by which a window overlaps the next.
-    """
-
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    amp: str | None = None
-    batch_size: int = 4
-    max_side: int = 2049
-    tile: int | None = None
-    overlap: float = 0.25
-
-    @property
-    def images(self) -> int:
-        """The number of images in a batch, which with tiles is of windows of one of them."""
-        return 1 if self.tile else self.batch_size
-
-    def takes_tiles(self, size: Sequence[int]) -> bool:
-        """Whether an image of these sides is segmented in tiles."""
-        return self.tile is not None and max(size) > self.tile
 
 
 class Window(NamedTuple):
@@ -97,26 +65,30 @@ def windows(length: int, size: int, overlap: float) -> list[Window]:
 def blend(
     segment: Callable[[Tensor], Tensor],
     image: Image.Image,
-    inference: Inference,
+    tile: int,
+    overlap: float,
+    batch_size: int,
     finish: Callable[[Tensor], Result],
 ) -> Iterator[tuple[slice, slice, Result]]:
     """Segment an RGB image window by window, and blend the scores where windows overlap.
 
     Args:
         segment: gives the softmax scores (N, num_classes, height, width) of uint8 (N, 3, height, width).
+        tile, overlap: side of the windows, and the share of it by which they overlap, see `windows`.
+        batch_size: windows that are segmented together.
         finish: what to make of blended scores (num_classes, height, width).
 
     Yields:
         what `finish` gives, piece by piece, each with its rows and columns of the image, which the pieces
         cover without overlap.
     """
-    rows, columns = (windows(side, inference.tile, inference.overlap) for side in image.size[::-1])
+    rows, columns = (windows(side, tile, overlap) for side in image.size[::-1])
     above = None
     for row in rows:
         left = None
         height = slice(row.first - row.start, row.last - row.start)
-        for i in range(0, len(columns), inference.batch_size):
-            batch = columns[i : i + inference.batch_size]
+        for i in range(0, len(columns), batch_size):
+            batch = columns[i : i + batch_size]
             pixels = [to_array(image.crop((c.start, row.start, c.stop, row.stop))) for c in batch]
             batch_scores = segment(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))
             for column, scores in zip(batch, batch_scores, strict=True):
