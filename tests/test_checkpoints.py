@@ -155,7 +155,7 @@ def test_checkpoint_of_other_flags(cli, smallest, tmp_path):
         {"optimizer": {"state": [], "param_groups": []}},
         {"epoch": math.inf},
         {"flags": {"seed": torch.zeros(2)}},
-        {"best": ("x", 1)},
+        {"validations": {"x": 1}},
         {"per_epoch": 0},
     ],
 )

@@ -798,6 +798,14 @@ def test_patience_without_the_log(cli, smallest, monkeypatch):
     validations(monkeypatch, [0.1])
     status, out, _ = cli(*flags, "--resume", f"{STEM}4.pth")
     assert status == 0 and "3 validations were no better than that after epoch 1" in out
+    # That of an earlier version knows the best of them.
+    entries = torch.load(f"{STEM}4.pth")
+    entries["best"] = (2, 0.5) if entries.pop("validations") else None
+    torch.save(entries, f"{STEM}4.pth")
+    os.remove(LOG)
+    validations(monkeypatch, [0.1, 0.2])
+    status, out, _ = cli(*flags, "--resume", f"{STEM}4.pth", "--patience", 2)
+    assert status == 0 and "2 validations were no better than that after epoch 2" in out
 
 
 def test_best_checkpoint_is_evaluated_predicted_and_exported(cli, smallest, monkeypatch):
