@@ -35,9 +35,9 @@ from torchvision.models.segmentation import (
 import deeplab
 import main
 from commands.check import drop_bad
-from commands.evaluate import confusion_matrices, evaluate
+from commands.evaluate import confusion_matrices, evaluate, metrics
 from commands.predict import predict_batch, segment_tiles
-from datasets import SegmentationDataset
+from datasets import SegmentationDataset, Shapes
 from files.masks import VOC_CLASSES, Labels
 from files.pictures import voc_palette
 from files.tiles import windows
@@ -383,6 +383,21 @@ def count_rows(device: torch.device, sync: Callable) -> list[tuple]:
     return [("confusion counts of an image", f"{250 * a:.1f} ms", f"{250 * b:.1f} ms", ratio)]
 
 
+def print_mosaic(checkpoint: str, device: torch.device) -> None:
+    """The mean IoU on a mosaic of 8000x6000 of the scenes that `shapes` validates on, shrunk and in tiles."""
+    scenes, rng = Shapes("data/shapes", "val"), np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(len(scenes)) for _ in range(50 * 47 // len(scenes) + 1)])
+    samples, order = [scenes[i] for i in range(len(scenes))], order[: 47 * 50].reshape(47, 50).tolist()
+    image = torch.cat([torch.cat([samples[i][0] for i in row], 2) for row in order], 1)[:, :6000, :8000]
+    truth = torch.cat([torch.cat([samples[i][1] for i in row], 1) for row in order])[None, :6000, :8000]
+    image, model = image.permute(1, 2, 0).contiguous().numpy(), deeplab.load(checkpoint, device).fuse()
+    print("| mosaic of 8000x6000 | mean IoU |\n|---|---|", flush=True)
+    for tile in (None, 513, 257, 129):
+        labels = torch.from_numpy(model.predict(image, tile=tile).copy())[None]
+        mean_iou = metrics(confusion_matrices(labels, truth, len(model.classes)).sum(0))["mean_iou"]
+        print(f"| {f'tiles of {tile}' if tile else 'shrunk'} | {100 * mean_iou:.2f} |", flush=True)
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
@@ -392,7 +407,11 @@ def processor() -> str:
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--mosaic", metavar="CHECKPOINT", help="only what tiles give, with a model of shapes")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.mosaic:
+        return print_mosaic(args.mosaic, device)
     cuda = device.type == "cuda"
     sync = torch.cuda.synchronize if cuda else lambda: None
     gpu = f", {torch.cuda.get_device_name()}" if cuda else ""
