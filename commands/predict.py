@@ -104,12 +104,17 @@ def read_photo(path: str, inference: Inference, reading: Reading) -> Photo | Use
     return Photo(size, image, header, dark and max(high for _, high in image.getextrema()) < DARK >> 8)
 
 
-def read_size(path: str, reading: Reading) -> tuple[int, int] | None:
-    """Width and height of the image in a file; None if it cannot be read, as its turn will tell."""
-    try:
-        return read_header(path, reading).size
-    except UserError:
-        return None
+def read_sizes(files: Sequence[str], reading: Reading) -> list[tuple[int, int] | None]:
+    """Width and height of each image; None of one that cannot be read, as its turn will tell."""
+
+    def read_size(path: str) -> tuple[int, int] | None:
+        try:
+            return read_header(path, reading).size
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(progress(ahead(pool, read_size, files), "reading sizes", len(files)))
 
 
 def predict_files(
@@ -121,16 +126,9 @@ def predict_files(
     Images of one size go through the network together, while other threads decode the next ones and write the
     last. Returns how many could not be predicted."""
     header, earlier = ["file", "mask", *model.classes], earlier_rows(out)
-    earlier_names = {file: mask.removesuffix("_mask.png") for file, mask, *_ in earlier[1:]}
-    new = [file for file in files if file not in earlier_names]
-    new_names = unique_names(new, {name.lower() for name in earlier_names.values()})
-    names_of = earlier_names | dict(zip(new, new_names, strict=True))  # a file predicted anew keeps its name
-    names = [names_of[file] for file in files]
+    names = result_names(files, earlier)
     reading, notes = model.reading, Counter()
-    workers = os.cpu_count() or 1  # each holds a whole photo, the rest only what is predicted
-    with ThreadPoolExecutor(workers) as pool:
-        found = ahead(pool, lambda path: read_size(path, reading), files)
-        sizes = list(progress(found, "reading sizes", len(files)))
+    sizes, workers = read_sizes(files, reading), os.cpu_count() or 1  # each of them holds a whole photo
     batches, limit = batches_of_one_size(sizes, inference.images), inference.batch_size
     if inference.tile:  # nothing is shrunk
         limit = min(limit, PIXELS_AHEAD // max(math.prod(size or (1, 1)) for size in sizes))
@@ -200,6 +198,15 @@ def earlier_rows(out: str) -> list[list[str]]:
     path = f"{out}/predictions.csv"
     header, *rows = (read_csv(path) if os.path.exists(path) else []) or [[]]
     return [header, *(row for row in rows if len(row) > 1 and os.path.exists(f"{out}/{row[1]}"))]
+
+
+def result_names(files: Sequence[str], earlier: list[list[str]]) -> list[str]:
+    """What the names of each file's results begin with; a file that is predicted anew keeps its name."""
+    names = {file: mask.removesuffix("_mask.png") for file, mask, *_ in earlier[1:]}
+    new = [file for file in files if file not in names]
+    taken = {name.lower() for name in names.values()}
+    names |= dict(zip(new, unique_names(new, taken), strict=True))
+    return [names[file] for file in files]
 
 
 def save_rows(out: str, header: list[str], earlier: list[list[str]], rows: list[list[str]]) -> None:

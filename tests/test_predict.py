@@ -207,7 +207,7 @@ def test_size_that_the_header_did_not_tell(cli, trained, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for name, size in (("a", (40, 30)), ("b", (40, 30)), ("c", (30, 40))):
         Image.new("RGB", size).save(tmp_path / f"in/{name}.png")
-    monkeypatch.setattr(prediction, "read_size", lambda path, reading: (40, 30))
+    monkeypatch.setattr(prediction, "read_sizes", lambda files, reading: [(40, 30)] * len(files))
     assert cli("--predict", "in", "--checkpoint", trained[0], "--out", "out")[0] == 0
     sizes = [Image.open(tmp_path / f"out/{name}_mask.png").size for name in "abc"]
     assert sizes == [(40, 30), (40, 30), (30, 40)]
