@@ -267,4 +267,4 @@ def test_memory_of_a_large_image(trained, tmp_path):
         assert mask.size == (12500, 12000)
     with Image.open(tmp_path / "out/large_overlay.jpg") as overlay:
         assert overlay.width == 6250
-    assert peak < 2000, peak  # scores of the whole image would be 12,000 more
+    assert peak < 2400, peak  # another copy of the image would be 430 or 570 more, all scores 12,000
