@@ -237,7 +237,7 @@ def check_learnable(dataset: SegmentationDataset, split: str, pixels: np.ndarray
     """Given the number of pixels of each label in all masks: Raises UserError if the split is to train on,
     and they show fewer than two classes. The loss would be 0, and each prediction right."""
     found = [name for name, number in zip(dataset.classes, pixels, strict=False) if number]
-    if split == "train" and len(found) < 2:
+    if split == "train" and pixels.any() and len(found) < 2:  # no pixel: no mask could be read
         shown = f"of all classes {found[0]!r} alone" if found else "none of the classes"
         reason = "all else is ignored, and there is nothing to learn"
         raise UserError(f"the masks to train on show {shown}: {reason}; look at what classes.txt ignores")

@@ -232,3 +232,12 @@ def test_camvid(cli, tmp_path):
     assert (status, err) == (0, "") and "train: 367 images, 367 masks, sizes from 480x360" in out
     assert len(re.findall(r"^\w+ +[\d.]+ % +\d+ +[\d.]+ % +\d+$", out, re.MULTILINE)) == 11
     assert Image.open(tmp_path / "data/check/camvid.png").width == 972
+
+
+def test_masks_that_nobody_could_read_are_one_kind_of_fault(cli, tmp_path):
+    """They are not said to show nothing."""
+    root = make_list_dataset(tmp_path / "set")
+    for path in (root / "images").glob("train*"):
+        path.write_bytes(b"")
+    status, out, err = cli(*CHECK, root)
+    assert status == 1 and err.count("cannot read") == 6 and "nothing to learn" not in err
