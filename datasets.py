@@ -27,9 +27,8 @@ from files.shapes import draw_shapes
 from files.whole import read_lines
 from utils import IGNORE_INDEX, UserError, end_if_stopped, ignore_stop_signals
 
-GREY = np.array(
-    [0.299, 0.587, 0.114]
-)  # the weights of red, green and blue in Pillow's and torchvision's grey
+# The weights of red, green and blue in Pillow's and torchvision's grey.
+GREY = np.array([0.299, 0.587, 0.114])
 
 
 class SegmentationDataset(Dataset):
@@ -343,8 +342,8 @@ def jitter_colors(image: Tensor, strength: float, rng: np.random.Generator) -> T
     turned by up to strength / 10 of the circle.
 
     torchvision's ColorJitter as one linear map of the colours, with the hue as a rotation about the grey axis
-    and what leaves 0..255 clipped at the end: a quarter of a sample's time. Its four functions one after the
-    other take three to four times that of a sample, most of it for the hue in HSV.
+    and what leaves 0..255 clipped at the end. It takes about a quarter of a sample's time; ColorJitter's four
+    functions take three to four times a sample's, most of it for the hue in HSV.
     """
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
     angle = 2 * np.pi * rng.uniform(-strength, strength) / 10

@@ -272,7 +272,7 @@ class Split:
         self.faults: list[str] = []
         self.cards: list[Card] = []
         self.values: dict[str, Values] = {}  # of images of more than 8 bits, without a range for them
-        self.unclear: list[int] = []  # the samples with masks of which the header is
+        self.unclear: list[int] = []  # the samples whose masks are, see `files.images.is_unclear`
         self.cut = self.frames = 0  # images that lack their end, or have several frames
         shares, count = np.zeros(256), len(dataset) if dataset.has_masks else 0
         shown = set(np.linspace(0, count - 1, min(count, CARDS_LIMIT)).astype(int).tolist())
@@ -369,7 +369,7 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
     if found := needed_range(values):
         for part in parts:  # so that there is something to see
             part.dataset.reading = part.dataset.reading._replace(value_range=found)
-    masked = [part for part in parts if part.dataset.has_masks]
+    masked = [part for part in parts if part.dataset.has_masks and part.pixels.any()]
     if masked:
         print(class_table(masked))
         draw(masked, path)

@@ -296,10 +296,10 @@ def print_left_over(folder: str, details: Details) -> None:
     this one."""
     pages = [f"{folder}/{name}" for name in ("samples.png", "report.html", "per_image.csv")]
     folders = {folder, *map(os.path.dirname, details.written)}
-    found = {path for place in folders for path in glob(f"{escape(place)}/*.png")}
-    found |= set(filter(os.path.exists, pages))
-    own = details.written | set(pages if details.dataset.has_masks else [])
-    if old := sorted(found - own):
+    found = [path for place in folders for path in glob(f"{escape(place)}/*.png")]
+    found += filter(os.path.exists, pages)
+    own = [*details.written, *(pages if details.dataset.has_masks else [])]
+    if old := sorted(set(map(os.path.normpath, found)) - set(map(os.path.normpath, own))):
         print(
             f"{len(old)} files in {folder} are of an earlier evaluation, {old[0]} is one: move or delete them"
         )

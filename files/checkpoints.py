@@ -421,7 +421,7 @@ class Training:
     images: int
     per_epoch: int
     flags: dict
-    labels: Labels | None = None
+    labels: Labels
     epoch: int = 0
     iteration: int = 0
     validations: dict[int, float] = field(default_factory=dict)
@@ -436,7 +436,8 @@ class Training:
     @property
     def waited(self) -> int:
         """The number of validations since the best one."""
-        return sum(epoch > self.best.epoch for epoch in self.validations)
+        best = self.best
+        return sum(epoch > best.epoch for epoch in self.validations)
 
     def note_validation(self, epoch: int, mean_iou: float | None) -> None:
         """Keep a mean IoU; None, of a data set without a labelled pixel, says nothing."""
@@ -455,7 +456,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "flags": self.flags,
-            "masks": self.labels.meaning() if self.labels else {},
+            "masks": self.labels.meaning(),
             **model_entries(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -472,8 +473,7 @@ class Training:
         compare_classes(checkpoint.get("classes", self.model.classes), path, self.model.classes)
         compare_reading(reading(checkpoint, path), path, self.model.reading)
         try:
-            if self.labels:
-                compare_masks(checkpoint.get("masks", {}), path, self.labels)
+            compare_masks(checkpoint.get("masks", {}), path, self.labels)
             self.load_momentum(checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint.get("scaler"):
                 self.scaler.load_state_dict(checkpoint["scaler"])

@@ -117,8 +117,8 @@ def read_header(path: str, reading: Reading = AS_STORED) -> Header:
         if kind == "uint16" and bands == 3 and not reading.value_range:
             deep = False  # the high bytes are what Pillow keeps
         turn = TURNS.get(image.tag_v2.get(ORIENTATION)) if deep else None
-        header = Header(upright_size(image), kind, bands, count_frames(image), deep, turn)
-        header = header._replace(unclear=is_unclear(*stored_size(image)))
+        unclear = is_unclear(*stored_size(image))
+        header = Header(upright_size(image), kind, bands, count_frames(image), deep, turn, unclear)
     check_bands(path, header.bands, reading)
     return header
 
@@ -131,7 +131,8 @@ def read_tiff_header(path: str, max_pixels: int) -> Header:
         check_black(path, kind, page.photometric)
         frames = sum(not (other.is_reduced or other.is_mask) for other in page.parent.pages)
         check_pixels(path, size, max_pixels)
-    return Header(size[::-1] if turn in SIDEWAYS else size, kind, bands, frames, True, turn)
+    upright = size[::-1] if turn in SIDEWAYS else size
+    return Header(upright, kind, bands, frames, True, turn, is_unclear(size, turn))
 
 
 def check_black(path: str, kind: str, photometric: int | None) -> None:
@@ -167,10 +168,10 @@ def check_bands(path: str, bands: int, reading: Reading) -> None:
     """Raises UserError if nothing tells which bands of an image to take, or it lacks one of them."""
     if reading.bands and max(reading.bands) > max(bands, 3 if bands == 1 else 1):  # grey is R, G and B
         wanted = " ".join(map(str, reading.bands))
-        raise UserError(f"{path} has {bands} bands, and --bands {wanted} asks for more")
+        raise UserError(f"{path} has {bands} bands; --bands {wanted} asks for more")
     if not reading.bands and bands not in (1, 3):
         example = "1 2 3, or 4 1 2 with infrared" if bands > 3 else "1 1 1"
-        raise UserError(f"{path} has {bands} bands: say which are red, green and blue by --bands {example}")
+        raise UserError(f"{path} has {bands} bands; say which are red, green and blue by --bands {example}")
 
 
 def count_frames(image: Image.Image) -> int:

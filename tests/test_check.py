@@ -241,3 +241,21 @@ def test_masks_that_nobody_could_read_are_one_kind_of_fault(cli, tmp_path):
         path.write_bytes(b"")
     status, out, err = cli(*CHECK, root)
     assert status == 1 and err.count("cannot read") == 6 and "nothing to learn" not in err
+
+
+def test_bands_that_nobody_chose_are_told_once(cli, tmp_path):
+    """With how to choose; there is nothing to count, and a table of zeros says nothing."""
+    tifffile, root = pytest.importorskip("tifffile"), tmp_path / "set"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for i in range(20):
+        values = np.full((9, 8, 4), 10 * i, np.uint8)
+        tifffile.imwrite(root / f"images/{i}.tif", values, photometric="rgb", extrasamples=["unspecified"])
+        Image.fromarray(np.tile(np.uint8([0, 1]), (9, 4))).save(root / f"masks/{i}.png")
+    (root / "classes.txt").write_text("a\nb\n")
+    status, out, err = cli(*CHECK, root)
+    assert status == 1 and one_line(err) and "4 bands; say which are red, green and blue by --bands" in err
+    assert "(19 other files are faulty in this way)" in err
+    assert "faults: 20\n" in out and "0.00 %" not in out
+    status, out, err = cli(*CHECK, root, "--bands", 4, 1, 2)
+    assert status == 0 and err == "" and "50.00 %" in out

@@ -80,9 +80,7 @@ def test_bands_without_a_range(tmp_path, dtype, planar, bands):
         assert np.array_equal(pixels(tmp_path / "a.tif", bands=order), high[..., [b - 1 for b in order]])
     with pytest.raises(UserError, match=f"a.tif has {bands} bands.*--bands"):
         read_header(str(tmp_path / "a.tif"))
-    with pytest.raises(
-        UserError, match=f"a.tif has {bands} bands, and --bands 1 2 {bands + 1} asks for more"
-    ):
+    with pytest.raises(UserError, match=f"a.tif has {bands} bands; --bands 1 2 {bands + 1} asks for more"):
         read_header(str(tmp_path / "a.tif"), Reading(bands=(1, 2, bands + 1)))
 
 
@@ -92,7 +90,7 @@ def test_fourth_band_of_a_tiff_is_no_transparency(tmp_path, extra):
     values = RNG.integers(0, 256, (20, 30, 4), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=[extra])
     with pytest.raises(
-        UserError, match="a.tif has 4 bands: say which are red, green and blue by --bands 1 2 3"
+        UserError, match="a.tif has 4 bands; say which are red, green and blue by --bands 1 2 3"
     ):
         pixels(tmp_path / "a.tif")
     assert np.array_equal(pixels(tmp_path / "a.tif", bands=(1, 2, 3)), values[..., :3])
@@ -419,3 +417,15 @@ def test_check_counts_what_it_uses_all_the_same(cli, tmp_path):
     train = ["--train", "--exp", "x", "--dataset", "custom", "--data_root", root, *SMALL, *NETWORK]
     status, out, _ = cli(*train, "--epochs", 1)
     assert status == 0 and "1 of the train images have several frames or pages: the first is used" in out
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turns_of_tiffs_that_pillow_cannot_open(tmp_path, orientation):
+    """Those that keep the size leave it unclear whether a mask is of the upright image."""
+    values, tag = RNG.integers(0, 256, (5, 7, 13), dtype=np.uint8), [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(
+        tmp_path / "a.tif", values, photometric="minisblack", planarconfig="contig", extratags=tag
+    )
+    header = read_header(str(tmp_path / "a.tif"), Reading(bands=(1, 2, 3)))
+    assert header.size == ((5, 7) if orientation > 4 else (7, 5))
+    assert header.unclear == (orientation in (2, 3, 4))

@@ -21,6 +21,7 @@ import main
 from files import checkpoints, runs
 from files.checkpoints import Best, Resumed, Training
 from files.images import AS_STORED
+from files.masks import Labels
 from files.runs import COLUMNS, Run, RunLog, find_checkpoint
 from utils import UserError
 
@@ -28,6 +29,7 @@ resource = pytest.importorskip("resource")  # not on Windows
 NAME = "deeplab_tiny_custom_v3_x"
 LOG, STEM = f"data/{NAME}.csv", f"data/{NAME}_epoch"
 OFF = torch.amp.GradScaler(enabled=False)
+LABELS = Labels("ab", [[0, 0, 0], [255, 0, 0]])
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +171,7 @@ def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused)
     for seed in (0, 1):
         take_step(models[0], optimizers[0], OFF, seed)
     models[1].load_state_dict(models[0].state_dict())
-    Training(models[1], optimizers[1], OFF, 2, 1, {}).load_momentum(optimizers[0].state_dict())
+    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS).load_momentum(optimizers[0].state_dict())
     assert all(group["fused"] is fused for group in optimizers[1].param_groups)
     for model, optimizer in zip(models, optimizers, strict=True):
         take_step(model, optimizer, OFF, 2)
@@ -205,7 +207,7 @@ def test_momentum_of_what_is_trained_with_and_without_frozen_norms():
         model = with_norms()
         for norm in (model.bn, model.aspp.bn):
             norm.requires_grad_(not frozen)
-        return Training(model, main.make_optimizer(model), OFF, 2, 1, {})
+        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS)
 
     def momentum(training: Training) -> dict[str, torch.Tensor]:
         named, state = training.model.named_parameters(), training.optimizer.state
@@ -280,7 +282,7 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
         entries = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
         entries["optimizer"] = optimizer.state_dict()
         monkeypatch.setattr(checkpoints, "read", lambda path: entries)
-        training = Training(model, optimizer, OFF, 9, per_epoch, {})
+        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS)
         training.resume("x.pth")
         assert training.resumed == Resumed("x.pth", iteration, per_epoch_before)
         return training.epoch, training.iteration
@@ -588,7 +590,8 @@ def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
 
 def new_training(resumed: Resumed | None = None, per_epoch: int = 2) -> Training:
     iteration = resumed.iteration if resumed else 0
-    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, iteration=iteration, resumed=resumed)
+    progress = {"iteration": iteration, "resumed": resumed}
+    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, **progress)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
