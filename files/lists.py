@@ -11,6 +11,7 @@ from unicodedata import normalize
 from files.whole import read_lines, write_whole
 from utils import UserError
 
+SPLITS = ("train", "val", "test")
 HEIC_ENDINGS = (".heic", ".heif")
 # Names of folders, in lower case, that are splits.
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -99,9 +100,9 @@ def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
     """The images below `root`/images with the masks of the same names below `root`/`folder`, whose names may
     end in something that is common to all, such as `_mask`.
 
-    The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`), or VOC's lists in
-    ImageSets/Segmentation. Without them a hash of its name puts each fifth image in val: it stays there on
-    every machine, and when others come. Raises UserError if the two do not match."""
+    The folders train, val and test within both are the splits (see `SPLIT_FOLDERS`), or VOC's lists of these
+    names in ImageSets/Segmentation. Without them a hash of its name puts each fifth image in val: it stays
+    there on every machine, and when others come. Raises UserError if the two do not match."""
     images, masks = (images_below(os.path.join(root, name)) for name in ("images", folder))
     suffix = common_suffix(images, masks)
     stems = {name.removesuffix(suffix): path for name, path in masks.items()}
@@ -110,10 +111,15 @@ def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
         other = stems[os.path.splitext(one)[0].removesuffix(suffix)]
         raise UserError(f"{root}/{folder} has {one} and {other}: which of them is meant?")
     masks = stems
+    lists = {name: os.path.join(root, "ImageSets", "Segmentation", f"{name}.txt") for name in SPLITS}
     if any(map(split_of, images)):
         part = {name for name in {*images, *masks} if split_of(name) == split}
-    elif os.path.exists(path := os.path.join(root, "ImageSets", "Segmentation", f"{split}.txt")):
-        part = {normalize("NFC", line.strip()) for _, line in read_lines(path, "it names the images")}
+        if loose := sorted(name for name in images if not split_of(name)):
+            where = f"are in no folder of a split, {images[loose[0]]} is one"
+            print(f"{root}/images: {len(loose)} images {where}: left out")
+    elif any(map(os.path.exists, lists.values())):  # without one of them, its images would be in others, too
+        path = lists[split]
+        part = {normalize("NFC", line.strip()) for _, line in read_lines(path, f"it names those of {split}")}
     else:
         print(f"{root} has no folders train and val: a hash of its name puts every fifth image in val")
         fifth = every_fifth({*images, *masks})

@@ -76,6 +76,13 @@ def test_folders_of_splits(tmp_path):
     assert samples(root, "test") == [("images/test/1.png", None)]
 
 
+def test_images_beside_the_folders_of_splits_are_told(tmp_path, capsys):
+    root = make_folders(tmp_path, ["train/1", "val/1", "loose", "more/2"], "", "png")
+    assert samples(root, "train") == [("images/train/1.png", "masks/train/1.png")]
+    found = "2 images are in no folder of a split, loose.png is one: left out"
+    assert capsys.readouterr().out == f"{root}/images: {found}\n"
+
+
 @pytest.mark.parametrize(("train", "val"), [("training", "validation"), ("Train", "Val"), ("train", "valid")])
 def test_folders_of_splits_by_their_other_names(tmp_path, train, val):
     """They are the user's own split, which a hash of the names must not mix; links to other disks count."""
@@ -131,6 +138,9 @@ def test_splits_of_voc(tmp_path, capsys):
     found = [(f"images/{name}.jpg", f"masks/{name}.png") for name in ("img001", "img003")]
     assert samples(root, "train") == found and capsys.readouterr().out == ""
     with pytest.raises(UserError, match="val.txt: no image img007 in"):
+        find_samples(root, "val")
+    (lists / "val.txt").unlink()  # a hash of all names would put some of those to train on in val
+    with pytest.raises(UserError, match="cannot read .*val.txt .*it names those of val"):
         find_samples(root, "val")
     shutil.rmtree(tmp_path / "ImageSets")
     find_samples(root, "train")
