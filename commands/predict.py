@@ -18,11 +18,11 @@ from torch import Tensor
 from datasets import batches_of_one_size
 from deeplab import DeepLabv3, Inference
 from files.images import (
-    DARK,
     Header,
     Reading,
     decode,
     enlarge,
+    is_dark,
     read_header,
     read_image,
     shrink,
@@ -44,7 +44,7 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
 
     A folder stands for the images in it, a pattern such as `photos/**/*.jpg` for what it matches, and `-` for
     the paths on standard input, one a line. Prints what a folder has besides images. Raises UserError if
-    there are none, or a folder or a pattern leads to `out`."""
+    there are none, or a folder or a pattern leads into `out`."""
     files = {}
     for path in (path for word in paths for path in (read_paths() if word == "-" else [word])):
         found, left_out = [path], ""
@@ -56,9 +56,9 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
             )
         elif glob.has_magic(path) and not os.path.exists(path):
             found = sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
-        folders = {os.path.realpath(os.path.dirname(name)) for name in found if name != path}
-        if os.path.realpath(out) in folders:
-            raise UserError(f"{path} is --out, too, and would be predicted with its masks: name another")
+        folders = {os.path.realpath(os.path.dirname(name)) + os.sep for name in found if name != path}
+        if any(folder.startswith(os.path.realpath(out) + os.sep) for folder in folders):
+            raise UserError(f"{path} leads into --out, whose masks would be predicted, too: name another")
         if not found:
             hint = left_out or "--predict takes image files, folders and patterns of them"
             raise UserError(f"no images in {path}: {hint}")
@@ -100,8 +100,7 @@ def read_photo(path: str, inference: Inference, reading: Reading) -> Photo | Use
         return error
     except MemoryError:
         return UserError(f"{path} does not fit into memory")
-    dark = header.kind == "uint16" and reading.value_range is None
-    return Photo(size, image, header, dark and max(high for _, high in image.getextrema()) < DARK >> 8)
+    return Photo(size, image, header, is_dark(image, header.kind, reading))
 
 
 def read_sizes(files: Sequence[str], reading: Reading) -> list[tuple[int, int] | None]:

@@ -2,9 +2,11 @@
 
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from io import BytesIO
+from mmap import ACCESS_READ, mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +49,7 @@ BANDED = (0, 1, 2)  # photometric interpretations: grey and RGB; others are pale
 NUMBERS = {1: "uint", 2: "int", 3: "float"}  # sample formats
 DARK = 1 << 13  # 16 bits with all values below that, 1/8 of the range, were fewer bits once
 JPEG_START, JPEG_PIXELS, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # markers
+JPEG2000_START, JPEG2000_BITS = b"\xff\x4f\xff\x51", 42  # bytes from there to the number of bits, less 1
 
 
 Convert = Callable[[np.ndarray], np.ndarray]  # of samples to uint8
@@ -110,6 +113,8 @@ def read_header(path: str, reading: Reading = AS_STORED) -> Header:
         header = read_tiff_header(path, reading.max_pixels)
     else:
         kind, bands = samples(image)
+        if reading.value_range:
+            check_unscaled(path, image)
         if image.format == "TIFF":
             check_black(path, kind, image.tag_v2.get(PHOTOMETRIC))
         deep = bands not in (1, 3) or kind not in PILLOWS_KINDS
@@ -139,6 +144,20 @@ def check_black(path: str, kind: str, photometric: int | None) -> None:
     """Raises UserError if 0 is white in a TIFF of more than 8 bits: Pillow inverts those of 8 alone."""
     if photometric == 0 and kind != "uint8":
         raise UserError(f"{path} has {kind} values of which 0 is white: save it with 0 as black")
+
+
+def check_unscaled(path: str, image: Image.Image) -> None:
+    """Raises UserError if Pillow scales the values of an opened image to fill 8 or 16 bits: if the highest of
+    a PGM or PPM is another, or a JPEG 2000 has another number of bits."""
+    highest = None
+    if image.format == "PPM" and isinstance(image.tile[0][3], tuple) and image.mode != "F":
+        highest = image.tile[0][3][1]
+    elif image.format == "JPEG2000":
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            highest = (2 << (data[data.find(JPEG2000_START) + JPEG2000_BITS] & 127)) - 1
+    if highest not in ((None, 255, 65535) if image.mode.startswith("I") else (None, 255)):
+        reason = f"its values go to {highest}, which is not what Pillow reads"
+        raise UserError(f"{path}: {reason}: save it as PNG or TIFF")
 
 
 def check_pixels(path: str, size: tuple[int, int], max_pixels: int) -> None:
@@ -224,6 +243,7 @@ def sample_header(image_path: str, mask_path: str | None, reading: Reading = AS_
     header = read_header(image_path, reading)
     if mask_path:
         mask = open_image(mask_path, load=False, max_pixels=reading.max_pixels)
+        check_unscaled(mask_path, mask)
         check_sizes(image_path, header.size, mask_path, upright_size(mask))
     return header
 
@@ -320,16 +340,30 @@ def decode_by(convert: Convert, path: str, header: Header, reading: Reading) -> 
 
 def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike, reading: Reading = AS_STORED) -> Image.Image:
     """What Python users have as `read_image`: a PIL image, the path of a file, or a uint8 array (H, W, 3) of
-    RGB or (H, W) of grey. Raises TypeError for anything else; UserError as `read_image` and `to_rgb`."""
-    if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image), reading)
+    RGB or (H, W) of grey. Warns of what `is_dark`. Raises TypeError for anything else; UserError as
+    `read_image` and `to_rgb`."""
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
         return Image.fromarray(image).convert("RGB")  # of the bands that the model takes
-    if isinstance(image, Image.Image):
-        return to_rgb(image, reading)
+    if isinstance(image, str | os.PathLike | Image.Image):
+        if isinstance(image, Image.Image):
+            kind, rgb = samples(image)[0], to_rgb(image, reading)
+        else:
+            path = os.fspath(image)
+            header = read_header(path, reading)
+            kind, rgb = header.kind, decode(path, header, reading)
+        if is_dark(rgb, kind, reading):
+            hint = "if it has 12 bits, say, set model.reading = Reading(value_range=(0, 4095))"
+            warnings.warn(f"an image of 16 bits is nearly black for the network: {hint}", stacklevel=4)
+        return rgb
     taken = "a PIL image, a path, or a uint8 array (H, W, 3) of RGB or (H, W) of grey"
     given = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
     raise TypeError(f"predict takes {taken}, not {given}")
+
+
+def is_dark(image: Image.Image, kind: str, reading: Reading) -> bool:
+    """Whether an RGB image that was read from values of this kind is nearly black, as 12 bits in 16 are."""
+    dark = kind == "uint16" and reading.value_range is None
+    return dark and max(high for _, high in image.getextrema()) < DARK >> 8
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_STORED) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -363,6 +364,59 @@ def test_bright_images_of_16_bits_need_no_range(cli, tmp_path):
     checkpoint = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
     status, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
     assert status == 0 and "1 images of 16 bits were nearly black" in out
+
+
+def test_dark_images_of_16_bits_are_told_in_python(trained, tmp_path):
+    model = deeplab.load(trained[0])
+    for name, high in (("dark.png", 4095), ("bright.png", 65535)):
+        values = np.linspace(0, high, 2000).astype(np.uint16).reshape(40, 50)
+        Image.fromarray(values).save(tmp_path / name)
+    for image in (tmp_path / "dark.png", Image.open(tmp_path / "dark.png")):
+        with pytest.warns(UserWarning, match="nearly black"):
+            model.predict(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.predict(tmp_path / "bright.png")
+        model.reading = Reading(value_range=(0, 4095))
+        model.predict(tmp_path / "dark.png")
+
+
+def pgm(highest: int, values: np.ndarray, letter: str = "5") -> bytes:
+    """A PGM, or a PPM with the letter 6."""
+    height, width = values.shape[:2]
+    header = f"P{letter}\n{width} {height}\n{highest}\n".encode()
+    return header + values.astype(">u2" if highest > 255 else "u1").tobytes()
+
+
+def test_images_whose_values_pillow_scales_take_no_range(tmp_path):
+    """12 bits in a PGM or in JPEG 2000: a value is another as Pillow reads it."""
+    imagecodecs = pytest.importorskip("imagecodecs")
+    values = np.arange(0, 4000, 2, np.uint16).reshape(40, 50)
+    files = {"12.pgm": pgm(4095, values), "colour.ppm": pgm(65535, np.dstack([values] * 3), "6")}
+    files |= {"right.pgm": pgm(65535, values), "bytes.pgm": pgm(255, values % 256)}
+    for bits, kind in ((12, np.uint16), (16, np.uint16), (8, np.uint8)):
+        options = {"bitspersample": bits, "codecformat": "jp2"}
+        files[f"{bits}.jp2"] = imagecodecs.jpeg2k_encode((values % 256).astype(kind), **options)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        read_header(str(tmp_path / name))
+        if name in ("12.pgm", "colour.ppm", "12.jp2"):
+            with pytest.raises(UserError, match=f"{name}: its values go to .*save it as PNG or TIFF"):
+                read_header(str(tmp_path / name), Reading(value_range=(0, 4095)))
+        else:
+            read_header(str(tmp_path / name), Reading(value_range=(0, 4095)))
+
+
+def test_masks_whose_values_pillow_scales(cli, tmp_path):
+    """The objects, 1 of 1, would be read as 255, and ignored."""
+    root = make_list_dataset(tmp_path / "set")
+    for path in root.glob("masks/*.png"):
+        path.with_suffix(".pgm").write_bytes(pgm(1, np.array(Image.open(path)) > 0))
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace(".png", ".pgm"))
+    for flags in (["--train", "--exp", "x", *SMALL, *NETWORK, "--epochs", 1], ["--check"]):
+        status, _, err = cli(*flags, "--dataset", "custom", "--data_root", root)
+        assert status == 1 and "its values go to 1, which is not what Pillow reads" in err
 
 
 def test_float_images_name_the_range_of_the_set(cli, tmp_path):

@@ -281,6 +281,10 @@ def test_folder_is_not_predicted_into_itself(cli, trained, tmp_path):
         status, _, err = cli("--predict", "in", "--checkpoint", trained[0], "--out", out)
         assert status == 1 and one_line(err) and "--out" in err
     assert len(list((tmp_path / "in").iterdir())) == 1
+    (tmp_path / "in/out/sub").mkdir(parents=True)
+    (tmp_path / "in/out/sub/a_mask.png").touch()
+    status, _, err = cli("--predict", "in/**/*.png", "--checkpoint", trained[0], "--out", "in/out")
+    assert status == 1 and one_line(err) and "leads into --out" in err
 
 
 def test_python_use(trained, tmp_path):
