@@ -133,7 +133,7 @@ def stencil(mask: str) -> Image.Image:
 
 def read_yolo(export: str, files: list[str], images: str | None) -> Export:
     """Ultralytics' data.yaml with images/ and labels/, a polygon a line. Raises UserError if it names no
-    classes, or no images are where it says."""
+    classes, no images are where it says, or it is of keypoints."""
     try:
         import yaml
     except ImportError as error:
@@ -149,6 +149,8 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise UserError(f"{path} has no `names` of classes: it is no data set of YOLO's")
+    if "kpt_shape" in data:
+        raise UserError(f"{path} has `kpt_shape`: its labels are keypoints, and not polygons")
     root = os.path.dirname(path) or "."
     given = os.path.join(root, str(data.get("path") or ""))
     root = given if os.path.isdir(given) else root  # a path of another machine

@@ -259,6 +259,15 @@ def make_yolo(root: Path):
     return expected
 
 
+def test_keypoints_of_yolo_are_no_polygons(tmp_path):
+    """Their lines, a box and x, y, visibility of each point, would be drawn."""
+    make_yolo(tmp_path)
+    with open(tmp_path / "data.yaml", "a") as file:
+        file.write("kpt_shape: [17, 3]\n")
+    with pytest.raises(UserError, match="data.yaml has `kpt_shape`"):
+        convert(str(tmp_path), str(tmp_path / "set"))
+
+
 def make_cvat_yolo(root: Path):
     """As CVAT lays it out: a list of the images, one part, class numbers as keys."""
     expected = make_yolo(root)
