@@ -226,10 +226,15 @@ def evaluate(
             yield indices, images, masks, sizes, predict_labels(model, images, sizes, inference)
 
     own = locked_folder(folder) if folder and not RANK else nullcontext()
-    with own, ThreadPoolExecutor() as pool:
-        counted = ahead(pool, details.add_batch, predicted(), 2)
-        for counts in progress(counted, "evaluating", len(batches), "batch"):
-            confusion += counts
+    try:
+        with own, ThreadPoolExecutor() as pool:
+            counted = ahead(pool, details.add_batch, predicted(), 2)
+            for counts in progress(counted, "evaluating", len(batches), "batch"):
+                confusion += counts
+    except BaseException:
+        if details.written and os.path.exists(f"{folder}/metrics.json"):
+            print(f"{len(details.written)} predictions in {folder} are newer than its report: evaluate again")
+        raise
     if WORLD > 1:
         dist.all_reduce(confusion)
         details.gather()

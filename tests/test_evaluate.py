@@ -28,6 +28,7 @@ from conftest import (
 )
 from PIL import Image
 
+import commands.evaluate
 import deeplab
 from commands.check import drop_bad
 from commands.evaluate import confusion_matrices, evaluate, results_folder
@@ -502,6 +503,26 @@ def test_evaluation_of_2000_images_in_bounded_memory(many):
         assert np.sum(result["confusion"]) == sum((7 + i % 3) * 9 for i in range(count))
         used.append(memory())
     assert used[1] - used[0] < 50, used
+
+
+def test_evaluation_that_is_cut_says_that_two_are_mixed(cli, trained, monkeypatch):
+    checkpoint, root = trained
+    flags = ["--checkpoint", checkpoint, "--dataset", "custom", "--data_root", root, "--workers", 0]
+    flags += ["--eval_batch_size", 1]
+    real, calls = commands.evaluate.predict_labels, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) in (2, 6):
+            raise torch.OutOfMemoryError
+        return real(*args)
+
+    monkeypatch.setattr(commands.evaluate, "predict_labels", failing)
+    status, out, err = cli(*flags)
+    assert status == 1 and one_line(err) and "newer than its report" not in out
+    assert cli(*flags)[0] == 0 and len(calls) == 4
+    status, out, err = cli(*flags)
+    assert status == 1 and one_line(err) and "1 predictions in data/val/" in out and "newer than" in out
 
 
 def test_files_of_an_earlier_evaluation_are_told(cli, trained):
