@@ -27,6 +27,7 @@ import argparse
 import math
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -192,6 +193,7 @@ def start(
     run: Run,
     batches: TrainBatches,
     data: SegmentationDataset,
+    val_names: Sequence[str],
 ) -> Training:
     """The state of a new run or of a resumed one. `options` are the model's, `initial` is the checkpoint of
     --init. Raises UserError if the weights or the checkpoint to start from cannot be used."""
@@ -220,7 +222,8 @@ def start(
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
-    training = Training(model, optimizer, scaler, len(data), batches.per_epoch, vars(args), data.labels)
+    lengths = len(data), batches.per_epoch
+    training = Training(model, optimizer, scaler, *lengths, vars(args), data.labels, val_names)
     if resume:
         training.resume(resume)
         print(f"resumed from {resume}: iteration {training.iteration} of {batches.max_iter}")
@@ -312,7 +315,7 @@ def open_run(
     print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
-    state = start(args, device, options, initial, run, batches, train_set)
+    state = start(args, device, options, initial, run, batches, train_set, val_set.names)
     return run, state, batches, criterion.to(device), train_set, val_set
 
 

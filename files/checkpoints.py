@@ -7,6 +7,7 @@ A checkpoint is a dict. Published ones have `epoch`, `state_dict`, whose names b
 import os
 import pickle
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -409,6 +410,7 @@ class Training:
         images, per_epoch: length of an epoch in images and in iterations.
         flags: of the run, by name.
         labels: what the pixels of the masks mean.
+        val_names: of the images to validate.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
         validations: the mean IoU after each epoch that was validated.
@@ -422,10 +424,17 @@ class Training:
     per_epoch: int
     flags: dict
     labels: Labels
+    val_names: Sequence[str]
     epoch: int = 0
     iteration: int = 0
     validations: dict[int, float] = field(default_factory=dict)
     resumed: Resumed | None = None
+
+    @property
+    def val_set(self) -> str:
+        """What tells the images to validate from others."""
+        names = "\n".join(sorted(self.val_names))
+        return f"{len(self.val_names)} images ({zlib.crc32(os.fsencode(names)):08x})"
 
     @property
     def best(self) -> Best | None:
@@ -457,6 +466,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "flags": self.flags,
             "masks": self.labels.meaning(),
+            "val_set": self.val_set,
             **model_entries(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -494,6 +504,9 @@ class Training:
         if changed:
             shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
             print(f"the run continues with other flags: {shown}")
+        before = checkpoint.get("val_set", self.val_set)
+        if before != self.val_set and self.validations:
+            print(f"validates on {self.val_set}, not on {before} as before: the mean IoUs do not compare")
         now = torch.get_num_threads()
         before = checkpoint.get("threads", now)
         if before != now and next(self.model.parameters()).device.type == "cpu":

@@ -171,7 +171,7 @@ def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused)
     for seed in (0, 1):
         take_step(models[0], optimizers[0], OFF, seed)
     models[1].load_state_dict(models[0].state_dict())
-    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS).load_momentum(optimizers[0].state_dict())
+    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS, []).load_momentum(optimizers[0].state_dict())
     assert all(group["fused"] is fused for group in optimizers[1].param_groups)
     for model, optimizer in zip(models, optimizers, strict=True):
         take_step(model, optimizer, OFF, 2)
@@ -207,7 +207,7 @@ def test_momentum_of_what_is_trained_with_and_without_frozen_norms():
         model = with_norms()
         for norm in (model.bn, model.aspp.bn):
             norm.requires_grad_(not frozen)
-        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS)
+        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS, [])
 
     def momentum(training: Training) -> dict[str, torch.Tensor]:
         named, state = training.model.named_parameters(), training.optimizer.state
@@ -282,7 +282,7 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
         entries = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
         entries["optimizer"] = optimizer.state_dict()
         monkeypatch.setattr(checkpoints, "read", lambda path: entries)
-        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS)
+        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS, [])
         training.resume("x.pth")
         assert training.resumed == Resumed("x.pth", iteration, per_epoch_before)
         return training.epoch, training.iteration
@@ -295,6 +295,18 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
     for per_epoch in range(1, 40):
         for iteration in range(40, 50):
             assert 4 * per_epoch <= place(4, iteration, 10, per_epoch)[1] < 5 * per_epoch
+
+
+def test_other_images_to_validate_are_told(cli, smallest, tmp_path):
+    """The best of the validations before them is not of the same images."""
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    assert "validates on" not in cli(*flags, "--epochs", 2)[1]
+    lines = (tmp_path / "set/list/val.txt").read_text().splitlines()
+    (tmp_path / "set/list/val.txt").write_text("\n".join(lines[1:]))
+    status, out, _ = cli(*flags, "--epochs", 3)
+    assert status == 0 and f"validates on {len(lines) - 1} images" in out
+    assert f"not on {len(lines)} images" in out and "the mean IoUs do not compare" in out
 
 
 def test_init_takes_all_but_a_classifier_of_other_classes(cli, small, tmp_path):
@@ -591,7 +603,7 @@ def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
 def new_training(resumed: Resumed | None = None, per_epoch: int = 2) -> Training:
     iteration = resumed.iteration if resumed else 0
     progress = {"iteration": iteration, "resumed": resumed}
-    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, **progress)
+    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, [], **progress)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
