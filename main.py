@@ -61,9 +61,9 @@ from commands.predict import image_files, predict_files
 from datasets import SegmentationDataset, TrainBatches
 from deeplab import DeepLabv3, Inference
 from files import checkpoints, pictures
-from files.checkpoints import Training
 from files.images import AS_STORED, Reading
 from files.runs import Run, RunLog, find_checkpoint
+from files.training import Training
 from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
 

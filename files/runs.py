@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from files.checkpoints import Best, Training
 from files.pictures import plot_run
+from files.training import Best, Training
 from files.whole import free_name, lock, write_whole
 from utils import UserError
 

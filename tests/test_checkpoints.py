@@ -15,7 +15,7 @@ from test_runs import OFF, two_groups
 import deeplab
 import main
 from files import checkpoints
-from files.checkpoints import Training
+from files.training import Training
 from utils import UserError
 
 PATH = "data/deeplab_tiny_custom_v3_x_epoch1.pth"

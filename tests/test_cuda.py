@@ -33,7 +33,7 @@ from test_runs import take_step, two_groups
 
 import deeplab
 import main
-from files.checkpoints import Training
+from files.training import Training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

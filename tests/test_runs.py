@@ -19,10 +19,10 @@ from torch import nn
 
 import main
 from files import checkpoints, runs
-from files.checkpoints import Best, Resumed, Training
 from files.images import AS_STORED
 from files.masks import Labels
 from files.runs import COLUMNS, Run, RunLog, find_checkpoint
+from files.training import Best, Resumed, Training
 from utils import UserError
 
 resource = pytest.importorskip("resource")  # not on Windows

@@ -1,0 +1,209 @@
+"""The state of a training run, and the checkpoints that it is saved to and resumed from."""
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from files import checkpoints
+from files.images import Reading
+from files.masks import Labels
+from files.whole import write_whole
+from utils import IGNORE_INDEX, UserError
+
+# Flags whose change in a resumed run is printed.
+RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_lr", "last_mult", "freeze_bn"]
+RUN_FLAGS += [
+    "seed",
+    "train_list",
+    "accum",
+    "amp",
+    "class_weights",
+    "top_k",
+    "dice",
+    "label_smoothing",
+    "color_jitter",
+]
+
+
+class Best(NamedTuple):
+    """The epoch of the highest validation mean IoU so far."""
+
+    epoch: int
+    mean_iou: float
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run continues, with its progress in its own numbers."""
+
+    path: str
+    iteration: int
+    per_epoch: int
+
+
+@dataclass
+class Training:
+    """The state of a training run, which saves and resumes itself.
+
+    No random state belongs to it: the randomness of a sample follows from (seed, epoch, index).
+
+    Args:
+        model: a `DeepLabv3`.
+        optimizer: its parameter groups are the trunk and ASPP.
+        scaler: of the loss, for fp16.
+        images, per_epoch: length of an epoch in images and in iterations.
+        flags: of the run, by name.
+        labels: what the pixels of the masks mean.
+        val_names: of the images to validate.
+        epoch: number of whole epochs that are done.
+        iteration: number of iterations that are done.
+        validations: the mean IoU after each epoch that was validated.
+        resumed: the checkpoint that the run continues.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    images: int
+    per_epoch: int
+    flags: dict
+    labels: Labels
+    val_names: Sequence[str]
+    epoch: int = 0
+    iteration: int = 0
+    validations: dict[int, float] = field(default_factory=dict)
+    resumed: Resumed | None = None
+
+    @property
+    def val_set(self) -> str:
+        """What tells the images to validate from others."""
+        names = "\n".join(sorted(self.val_names))
+        return f"{len(self.val_names)} images ({zlib.crc32(os.fsencode(names)):08x})"
+
+    @property
+    def best(self) -> Best | None:
+        """The first of the best validations, if there is one."""
+        found = (Best(*item) for item in sorted(self.validations.items()))
+        return max(found, key=lambda best: best.mean_iou, default=None)
+
+    @property
+    def waited(self) -> int:
+        """The number of validations since the best one."""
+        best = self.best
+        return sum(epoch > best.epoch for epoch in self.validations)
+
+    def note_validation(self, epoch: int, mean_iou: float | None) -> None:
+        """Keep a mean IoU; None, of a data set without a labelled pixel, says nothing."""
+        if mean_iou is not None:
+            self.validations[epoch] = mean_iou
+
+    def save(self, path: str) -> None:
+        """Write a checkpoint, from which `deeplab.load` makes the model again. Raises UserError if the disk
+        is full, say; a file that stood at `path` before is untouched."""
+        entries = {
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "images": self.images,
+            "per_epoch": self.per_epoch,
+            "validations": self.validations,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "flags": self.flags,
+            "masks": self.labels.meaning(),
+            "val_set": self.val_set,
+            **checkpoints.model_entries(self.model),
+            "threads": torch.get_num_threads(),
+        }
+        write_whole(path, partial(torch.save, entries))
+
+    def resume(self, path: str) -> None:
+        """Continue a checkpoint: take its weights, momentum, loss scale and progress.
+
+        If an epoch has another number of iterations now, as the list or the batch size has changed, the run
+        continues at the same fraction of the epoch. Raises UserError if the checkpoint is of another model,
+        or does not tell its progress."""
+        checkpoint = checkpoints.read(path)
+        checkpoints.load_weights(self.model, checkpoint, path)
+        checkpoints.compare_classes(checkpoint.get("classes", self.model.classes), path, self.model.classes)
+        compare_reading(checkpoints.reading(checkpoint, path), path, self.model.reading)
+        try:
+            compare_masks(checkpoint.get("masks", {}), path, self.labels)
+            self.load_momentum(checkpoint["optimizer"])
+            if self.scaler.is_enabled() and checkpoint.get("scaler"):
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            flags = checkpoint.get("flags", {})
+            changed = [key for key in RUN_FLAGS if key in flags and self.flags[key] != flags[key]]
+            images, per_epoch = (
+                int(checkpoint.get(key, getattr(self, key))) for key in ("images", "per_epoch")
+            )
+            self.epoch, best = int(checkpoint["epoch"]), checkpoint.get("best")  # of earlier versions
+            iteration = int(checkpoint.get("iteration", self.epoch * per_epoch))
+            self.resumed = Resumed(path, iteration, per_epoch)
+            iteration = iteration * self.per_epoch // per_epoch
+            self.iteration = max(iteration, self.epoch * self.per_epoch)
+            validations = checkpoint.get("validations", {best[0]: best[1]} if best else {})
+            self.validations = {int(epoch): float(value) for epoch, value in validations.items()}
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
+        if changed:
+            shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
+            print(f"the run continues with other flags: {shown}")
+        before = checkpoint.get("val_set", self.val_set)
+        if before != self.val_set and self.validations:
+            print(f"validates on {self.val_set}, not on {before} as before: the mean IoUs do not compare")
+        now = torch.get_num_threads()
+        before = checkpoint.get("threads", now)
+        if before != now and next(self.model.parameters()).device.type == "cpu":
+            print(f"torch has {now} threads, not {before} as before: the run will round differently")
+        if (images, per_epoch) != (self.images, self.per_epoch):
+            now = f"{self.images} images in {self.per_epoch} iterations"
+            before = f"{images} images in {per_epoch} iterations as before"
+            print(f"an epoch is {now}, not {before}: the run continues at the same fraction of it")
+
+    def load_momentum(self, state: dict) -> None:
+        """Take the momentum from an optimizer's state dict, and nothing else: its options may be another's.
+
+        Parameters are numbered there, trunk before ASPP; those of a frozen BatchNorm are not among them.
+        Raises LookupError, ValueError, TypeError, AttributeError if it is of another network."""
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        parameters = dict(self.model.named_parameters())
+        names = list(parameters)
+        if len(numbers) != len(names):
+            norms = {name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)}
+            names = [name for name in names if name.rpartition(".")[0] not in norms]
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        # Zero is what a new run begins with, and in the strides of the parameter the fused step reads it.
+        own = {parameter: torch.zeros_like(parameter) for parameter in trained}
+        for name, number in zip(names, numbers, strict=True):
+            parameter, momentum = parameters[name], state["state"].get(number, {}).get("momentum_buffer")
+            if parameter.requires_grad and momentum is not None:
+                if momentum.shape != parameter.shape:
+                    raise ValueError("the momentum of the optimizer is of another shape")
+                own[parameter].copy_(momentum)
+        for parameter, momentum in own.items():
+            self.optimizer.state[parameter]["momentum_buffer"] = momentum
+
+
+def compare_reading(saved: Reading, path: str, now: Reading) -> None:
+    """Raises UserError if a run goes on with images that are read in another way."""
+    for key in ("value_range", "bands"):
+        before, given = ((" ".join(f"{v:g}" for v in getattr(r, key) or ()) or "none") for r in (saved, now))
+        if before != given:
+            raise UserError(f"{path} was trained with another --{key} (checkpoint: {before}, here: {given})")
+
+
+def compare_masks(saved: dict[str, int], path: str, labels: Labels) -> None:
+    """Raises UserError if a value or a colour in masks, see `Labels.meaning`, is another class than before;
+    some may be new, and some no longer there."""
+    now, names = labels.meaning(), dict(enumerate(labels.classes)) | {IGNORE_INDEX: "ignored"}
+    for pixel, label in saved.items():
+        if now.get(pixel, label) != label:
+            changed = f"in the masks {pixel} was {names[label]!r}, and now it is {names[now[pixel]]!r}"
+            hint = "change classes.txt back, or begin another run with --init"
+            raise UserError(f"{path}: {changed}: {hint}")
