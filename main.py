@@ -313,6 +313,9 @@ def open_run(
     train_set, val_set = open_dataset(args, "train", reading), open_dataset(args, "val", reading)
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"
     print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")
+    trained_on, validated = ({os.path.normpath(i) for i, _ in d.pairs} for d in (train_set, val_set))
+    if both := trained_on & validated:
+        print(f"{len(both)} images to validate are trained on, too, {min(both)} is one")
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
     state = start(args, device, options, initial, run, batches, train_set, val_set.names)

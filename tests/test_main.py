@@ -105,6 +105,16 @@ def test_last_batch_of_one_image(cli, tmp_path):
     assert status == 1 and "--freeze_bn" in err
 
 
+def test_validation_on_images_that_are_trained_on_is_told(cli, smallest, tmp_path):
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 1]
+    assert "are trained on" not in cli(*flags)[1]
+    lists = tmp_path / "set/list"
+    (lists / "val.txt").write_text((lists / "train.txt").read_text().replace("/images", "/./images", 1))
+    status, out, _ = cli(*flags)
+    images = len((lists / "train.txt").read_text().splitlines())
+    assert status == 0 and f"{images} images to validate are trained on, too, " in out
+
+
 def test_class_weights(cli, small, tmp_path, monkeypatch):
     """Median frequency balancing, against its definition; weights of 1 change nothing."""
     given = []
