@@ -19,6 +19,7 @@ from files.images import (
     Reading,
     lacks_end,
     open_image,
+    read_header,
     sample_header,
     value_range,
 )
@@ -83,8 +84,8 @@ def scan(
             if depth == "headers":
                 header = sample_header(*dataset.pairs[index], dataset.reading)
                 return Contents(header.size[::-1], header=header)
-            (path, mask), reading, values = dataset.pairs[index], dataset.reading, None
-            header = sample_header(path, mask if depth == "all" else None, reading)
+            path, reading, values = dataset.pairs[index][0], dataset.reading, None
+            header = read_header(path, reading)
             if header.kind != "uint8" and not reading.value_range:
                 values = value_range(path, header, reading)
                 if header.kind != "uint16":  # so that all else can be told, too

@@ -242,8 +242,7 @@ def sample_header(image_path: str, mask_path: str | None, reading: Reading = AS_
     read, as `read_header`, or their sizes differ."""
     header = read_header(image_path, reading)
     if mask_path:
-        mask = open_image(mask_path, load=False, max_pixels=reading.max_pixels)
-        check_unscaled(mask_path, mask)
+        mask = open_image(mask_path, load=False, max_pixels=reading.max_pixels, scaled=False)
         check_sizes(image_path, header.size, mask_path, upright_size(mask))
     return header
 
@@ -259,14 +258,18 @@ def check_sizes(image: str, image_size: tuple[int, int], mask: str, mask_size: t
 # pixels
 
 
-def open_image(path: str, load: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    path: str, load: bool = True, max_pixels: int = MAX_PIXELS, scaled: bool = True
+) -> Image.Image:
     """The image in a file as it is stored, decoded if `load`; of several frames the first.
 
     A JPEG that lacks its end is opened if none of its pixels is missing. Raises UserError if the file cannot
-    be read, or has more pixels than `max_pixels`."""
+    be read, has more pixels than `max_pixels`, or, unless it may be `scaled`, as `check_unscaled`."""
     try:
         image = Image.open(path)
         check_pixels(path, image.size, max_pixels)
+        if not scaled:
+            check_unscaled(path, image)
         if load:
             image = load_pixels(image, path)
         return image
