@@ -18,7 +18,7 @@ from processes import narrow
 
 import deeplab
 import main
-from files import checkpoints, runs
+from files import runs, training
 from files.runs import Run, RunLog, find_checkpoint
 from utils import end_if_stopped
 
@@ -74,7 +74,7 @@ class Walk:
         patch(shutil, "move", self.before(shutil.move))
         patch(runs, "write_whole", self.before(runs.write_whole))
         for owner, name, function in (
-            (checkpoints, "write_whole", self.save),
+            (training, "write_whole", self.save),
             (Run, "prune", self.prune),
             (RunLog, "__init__", self.begin),
             (RunLog, "write", self.write_row),
