@@ -484,7 +484,7 @@ def run(args: argparse.Namespace) -> int:
         return int(run_prediction(args, device) > 0)
     (train if args.train else run_evaluation)(args, device)
     if WORLD > 1:
-        dist.destroy_process_group()
+        dist.all_reduce(torch.zeros(1))  # none ends while another is still at work
     return 0
 
 

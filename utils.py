@@ -231,8 +231,11 @@ def run_command(
         print(line, file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():
         worker.kill()  # a loader's that did not end when told to; Python would wait for it
-    if WORLD > 1 and status:
-        os._exit(status)  # the tidy way out of NCCL waits for the other processes, which may be gone
+    if WORLD > 1:
+        # The tidy way out of NCCL waits for the other processes, which may be gone; that of gloo, in torch
+        # 2.6, for a thread that may wait for Python's lock.
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

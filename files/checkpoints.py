@@ -305,7 +305,10 @@ def classes(checkpoint: dict, path: str) -> tuple[Sequence[str] | None, Palette 
         return (VOC_CLASSES, voc_palette(len(VOC_CLASSES))) if voc else (None, None)
     try:
         names = checkpoint["classes"]
-        return names, np.array(checkpoint["palette"], np.uint8).reshape(len(names), 3).tolist()
+        palette = np.array(checkpoint["palette"], int).reshape(len(names), 3)
+        if (palette & 255 != palette).any():
+            raise ValueError
+        return names, palette.tolist()
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} does not name its classes and their colours") from error
 
