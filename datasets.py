@@ -105,7 +105,7 @@ class SegmentationDataset(Dataset):
         """The labels, uint8 (H, W), of a sample. Raises UserError if the file cannot be read, or a pixel of
         it is no class."""
         path = self.pairs[index][1]
-        picture = open_image(path, max_pixels=self.reading.max_pixels, scaled=False)
+        picture = open_image(path, max_pixels=self.reading.max_pixels, is_mask=True)
         return self.labels_of(path).read(upright(picture), path)
 
     def labels_of(self, mask_path: str) -> Labels:

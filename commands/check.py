@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from datasets import DATASETS, SegmentationDataset
 from files.images import (
     AS_STORED,
-    DARK,
+    NARROW,
     UNCLEAR,
     Header,
     Reading,
@@ -143,24 +144,27 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
         print(f"{several} of the {split} images have several frames or pages: the first is used")
     if dataset.has_masks and (unclear := sum(header.unclear for header in dataset.headers)):
         print(f"{unclear} of the {split} {UNCLEAR.format('the masks')}: --check shows one")
-    if not dataset.reading.value_range and (fault := range_fault(read_values(dataset, split == "train"))):
-        raise UserError(fault)
+    values = read_values(dataset) if not dataset.reading.value_range else {}
+    if fault := range_fault(values):
+        if split == "train" or {*values} != {"uint16"}:
+            raise UserError(fault)
+        print(fault)
 
 
-def read_values(dataset: SegmentationDataset, bright: bool) -> dict[str, Values]:
-    """What the images of each number format hold that need --value_range, see `range_fault`; those of 16 bits
-    are looked at if they have to be `bright`, until one is. Raises UserError if an image cannot be read;
+def read_values(dataset: SegmentationDataset) -> dict[str, Values]:
+    """What the images of each number format hold that may need --value_range, see `range_fault`; those of 16
+    bits are looked at until it is clear that they do not. Raises UserError if an image cannot be read;
     Stopped if a stop signal has come."""
     kinds = [header.kind for header in dataset.headers]
     others = [index for index, kind in enumerate(kinds) if kind not in ("uint8", "uint16")]
-    deep = [index for index, kind in enumerate(kinds) if kind == "uint16" and bright]
+    deep = [index for index, kind in enumerate(kinds) if kind == "uint16"]
     values: dict[str, Values] = {}
     for indices in (others, deep):
         for _, found in scan(dataset, "values", "reading values", indices):
             if isinstance(found, UserError):
                 raise found
             add_values(values, found.header.kind, Values(1, *found.values))
-            if indices is deep and found.values[1] >= DARK:
+            if indices is deep and not needed_range({"uint16": values["uint16"]}):
                 break
     return values
 
@@ -174,13 +178,13 @@ def add_values(values: dict[str, Values], kind: str, more: Values) -> None:
 
 
 def needed_range(values: dict[str, Values]) -> tuple[float, float] | None:
-    """The range to read images with these values by, if they need one: those of 16 bits do if all are below
-    `DARK`, and all other formats but 8 bits."""
-    needed = {kind: found for kind, found in values.items() if kind != "uint16" or found.high < DARK}
+    """The range to read images with these values by, if they need one: those of 16 bits do if all are within
+    `NARROW`, and all other formats but 8 bits."""
+    needed = {kind: v for kind, v in values.items() if kind != "uint16" or v.high - v.low < NARROW}
     if not needed:
         return None
     low, high = min(found.low for found in needed.values()), max(found.high for found in needed.values())
-    if "uint16" in needed:  # from 0 to all ones, in as many bits as are used
+    if "uint16" in needed and needed["uint16"].high < NARROW:  # 0 to all ones in the bits that are used
         low, high = min(low, 0), max(high, (1 << int(needed["uint16"].high).bit_length()) - 1)
     return low, high if low < high else low + 1
 
@@ -383,9 +387,8 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
 
 
 def doubles(parts: Sequence[Split]) -> list[str]:
-    """A line for each split that has images of the first one, or an image several times."""
-    first, *others = parts
-    trained_on, lines = set(first.hashes.values()), []
+    """A line for each split that has images of one before it, or an image several times."""
+    lines = []
     for part in parts:
         seen: dict[bytes, int] = {}
         copies = [index for index, digest in part.hashes.items() if seen.setdefault(digest, index) != index]
@@ -393,9 +396,9 @@ def doubles(parts: Sequence[Split]) -> list[str]:
             example = part.dataset.pairs[copies[0]][0]
             count = f"{len(copies)} of the {part.name} images"
             lines.append(f"{count} are copies of others, or listed twice: {example} is one")
-    for part in others:
-        common = [index for index, digest in part.hashes.items() if digest in trained_on]
-        if common:
+    for first, part in combinations(parts, 2):
+        known = set(first.hashes.values())
+        if common := [index for index, digest in part.hashes.items() if digest in known]:
             example = part.dataset.pairs[common[0]][0]
             count = f"{len(common)} of the {part.name} images"
             lines.append(f"{count} are {first.name} images, too: {example} is one")

@@ -66,6 +66,7 @@ def make_parser() -> Parser:
     """The flags and their defaults; each help text is a row of the README, too."""
     about = "DeepLabv3. Train: python main.py --train --exp NAME. Evaluate: the same without --train."
     parser = Parser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # its own takes -1e-05 for a flag
     yes, switch = "store_true", argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("what to do")

@@ -207,7 +207,7 @@ def draw_mask_file(
     """The mask in a file, its pixels renumbered."""
     table = np.full(256, IGNORE_INDEX, np.uint8)
     table[: len(labels)] = labels
-    return table[content.labels.read(upright(open_image(content.path, scaled=False)), content.path)]
+    return table[content.labels.read(upright(open_image(content.path, is_mask=True)), content.path)]
 
 
 def read_voc(export: str, files: list[str], images: str | None) -> Export:

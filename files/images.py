@@ -1,5 +1,6 @@
 """Images from a file's bytes to upright RGB of 8 bits, and what their headers tell by themselves."""
 
+import math
 import os
 import struct
 import warnings
@@ -38,16 +39,17 @@ TURNS = {
 }
 UNCLEAR = "images are turned by EXIF, and their size does not tell whether {} go by the upright image"
 SIDEWAYS = {TURNS[orientation] for orientation in (5, 6, 7, 8)}
-# Formats that Pillow opens without a decoder of its own, or that are no pictures.
-NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Formats that Pillow opens without a decoder of its own, or whose values it changes, or that are no pictures.
+NO_PHOTOS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 PILLOWS_KINDS = ("uint8", "uint16", "int16", "int32", "uint32", "float32")  # that it reads if grey
 NOT_FRAMES = ("MPO", "PSD")  # whose further images are previews, other exposures, layers
 # Tags of TIFF.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, SUBFILE, FORMAT = 258, 262, 274, 277, 254, 339
-WIDTH, LENGTH = 256, 257
+WIDTH, LENGTH, NODATA = 256, 257, 42113  # the last is GDAL's
 BANDED = (0, 1, 2)  # photometric interpretations: grey and RGB; others are palettes, CMYK and the like
 NUMBERS = {1: "uint", 2: "int", 3: "float"}  # sample formats
-DARK = 1 << 13  # 16 bits with all values below that, 1/8 of the range, were fewer bits once
+# Of 16 bits, an eighth of the range: if all values are within so much, 32 levels are left of them in 8 bits.
+NARROW = 1 << 13
 JPEG_START, JPEG_PIXELS, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # markers
 JPEG2000_START, JPEG2000_BITS = b"\xff\x4f\xff\x51", 42  # bytes from there to the number of bits, less 1
 
@@ -79,7 +81,7 @@ class Header(NamedTuple):
     `size` is the upright width and height, `kind` numpy's name of the samples' number format, `bands` the
     number of samples in a pixel, see `samples`, `frames` the number of images in the file. `deep`: tifffile
     reads it, as Pillow shows less than there is, and `turn` is what makes its pixels upright. `unclear`: see
-    `is_unclear`.
+    `is_unclear`. `nodata` is the value that a GeoTIFF has where there is nothing, NaN without one.
     """
 
     size: tuple[int, int]
@@ -89,6 +91,7 @@ class Header(NamedTuple):
     deep: bool = False
     turn: Image.Transpose | None = None
     unclear: bool = False
+    nodata: float = math.nan
 
 
 @cache
@@ -123,7 +126,8 @@ def read_header(path: str, reading: Reading = AS_STORED) -> Header:
             deep = False  # the high bytes are what Pillow keeps
         turn = TURNS.get(image.tag_v2.get(ORIENTATION)) if deep else None
         unclear = is_unclear(*stored_size(image))
-        header = Header(upright_size(image), kind, bands, count_frames(image), deep, turn, unclear)
+        nodata = to_number(image.tag_v2.get(NODATA)) if image.format == "TIFF" else math.nan
+        header = Header(upright_size(image), kind, bands, count_frames(image), deep, turn, unclear, nodata)
     check_bands(path, header.bands, reading)
     return header
 
@@ -132,12 +136,22 @@ def read_tiff_header(path: str, max_pixels: int) -> Header:
     """The header of a TIFF that Pillow cannot open. Raises UserError as `read_header`."""
     with tiffs.first_page(path) as page:
         size, kind, bands = (page.imagewidth, page.imagelength), page.dtype.name, page.samplesperpixel
-        turn = TURNS.get(int(page.tags.valueof(ORIENTATION, 1)))
-        check_black(path, kind, page.photometric)
+        turn, nodata = TURNS.get(int(page.tags.valueof(ORIENTATION, 1))), page.tags.valueof(NODATA)
+        if page.photometric not in BANDED[1:] or page.dtype.kind not in "iuf":
+            found = f"{kind} values, photometric interpretation {int(page.photometric)}"
+            raise UserError(f"{path} has {found}: save it as grey or RGB whose 0 is black")
         frames = sum(not (other.is_reduced or other.is_mask) for other in page.parent.pages)
         check_pixels(path, size, max_pixels)
     upright = size[::-1] if turn in SIDEWAYS else size
-    return Header(upright, kind, bands, frames, True, turn, is_unclear(size, turn))
+    return Header(upright, kind, bands, frames, True, turn, is_unclear(size, turn), to_number(nodata))
+
+
+def to_number(text: object) -> float:
+    """The number in a tag; NaN if it is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def check_black(path: str, kind: str, photometric: int | None) -> None:
@@ -242,7 +256,7 @@ def sample_header(image_path: str, mask_path: str | None, reading: Reading = AS_
     read, as `read_header`, or their sizes differ."""
     header = read_header(image_path, reading)
     if mask_path:
-        mask = open_image(mask_path, load=False, max_pixels=reading.max_pixels, scaled=False)
+        mask = open_image(mask_path, load=False, max_pixels=reading.max_pixels, is_mask=True)
         check_sizes(image_path, header.size, mask_path, upright_size(mask))
     return header
 
@@ -259,17 +273,22 @@ def check_sizes(image: str, image_size: tuple[int, int], mask: str, mask_size: t
 
 
 def open_image(
-    path: str, load: bool = True, max_pixels: int = MAX_PIXELS, scaled: bool = True
+    path: str, load: bool = True, max_pixels: int = MAX_PIXELS, is_mask: bool = False
 ) -> Image.Image:
     """The image in a file as it is stored, decoded if `load`; of several frames the first.
 
     A JPEG that lacks its end is opened if none of its pixels is missing. Raises UserError if the file cannot
-    be read, has more pixels than `max_pixels`, or, unless it may be `scaled`, as `check_unscaled`."""
+    be read, has more pixels than `max_pixels`, or is a mask of several frames or as `check_unscaled`."""
     try:
         image = Image.open(path)
         check_pixels(path, image.size, max_pixels)
-        if not scaled:
+        if image.format in NO_PHOTOS:
+            raise UserError(f"{path} is {image.format}, which is not read right: convert it to TIFF or PNG")
+        if is_mask:
             check_unscaled(path, image)
+            if count_frames(image) > 1:
+                raise UserError(f"{path}: a mask of several frames or pages; save one of them alone")
+            image.seek(0)
         if load:
             image = load_pixels(image, path)
         return image
@@ -277,7 +296,8 @@ def open_image(
         raise
     except Exception as error:  # what a decoder raises depends on the format and on where the damage lies
         reason = getattr(error, "strerror", None) or str(error).replace(repr(path), "it")
-        raise UserError(f"cannot read {path}: {reason or type(error).__name__}") from error
+        hint = "; save it as grey or RGB of 8 or 16 bits" if tiffs.is_tiff(path) else ""
+        raise UserError(f"cannot read {path}: {reason or type(error).__name__}{hint}") from error
 
 
 def load_pixels(image: Image.Image, path: str) -> Image.Image:
@@ -366,7 +386,7 @@ def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike, reading: Reading
 def is_dark(image: Image.Image, kind: str, reading: Reading) -> bool:
     """Whether an RGB image that was read from values of this kind is nearly black, as 12 bits in 16 are."""
     dark = kind == "uint16" and reading.value_range is None
-    return dark and max(high for _, high in image.getextrema()) < DARK >> 8
+    return dark and max(high for _, high in image.getextrema()) < NARROW >> 8
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_STORED) -> Image.Image:
@@ -448,15 +468,18 @@ def to_bytes(values: np.ndarray, value_range: tuple[float, float] | None) -> np.
 
 
 def value_range(path: str, header: Header, reading: Reading) -> tuple[float, float]:
-    """The lowest and the highest finite value of an image that is not of 8 bits, or, of 16 bits, 0 and the
-    highest value of that high byte. Raises UserError if it cannot be read."""
+    """The lowest and the highest finite value of an image that is not of 8 bits, without what means that
+    there is nothing; of 16 bits those that the lowest and the highest high byte allow. Raises UserError if it
+    cannot be read."""
+    if header.kind == "uint16" and math.isnan(header.nodata):
+        lows, highs = zip(*read_image(path, reading._replace(value_range=None)).getextrema(), strict=True)
+        return 256 * min(lows), 256 * max(highs) + 255
     if header.kind == "uint16":
-        image = read_image(path, reading._replace(value_range=None))
-        return 0, 256 * max(high for _, high in image.getextrema()) + 255
+        header = read_header(path, reading._replace(value_range=(0, 1)))  # to be read in full
     found = []
 
     def note(values: np.ndarray) -> np.ndarray:
-        finite = values[np.isfinite(values)]
+        finite = values[np.isfinite(values) & ~np.isclose(values, header.nodata, rtol=1e-6, atol=0)]
         found.extend([finite.min().item(), finite.max().item()] if finite.size else [])
         return np.zeros(values.shape, np.uint8)
 

@@ -169,9 +169,9 @@ def describe_left_out(names: Iterable[str]) -> str:
 
 
 def split_of(name: str) -> str | None:
-    """The split that the first folder of a relative path names, or None."""
+    """The split that the first folder of a relative path names, as `train2017` does, or None."""
     folder, slash, _ = name.partition("/")
-    return SPLIT_FOLDERS.get(folder.lower()) if slash else None
+    return SPLIT_FOLDERS.get(folder.lower().rstrip("0123456789")) if slash else None
 
 
 def images_below(folder: str) -> dict[str, str]:

@@ -66,6 +66,8 @@ class Labels:
             self.check_colors(path)
             # Pillow has four bytes for each pixel in memory; the last is alpha, or nothing.
             packed = np.frombuffer(picture.tobytes("raw", picture.mode.ljust(4, "X")), "<u4")
+            if picture.mode == "RGBA":
+                check_transparency(packed, path)
             return self.look_up(packed.reshape(picture.height, -1) & 0xFFFFFF, self.colors, 1 << 24, path)
         if picture.mode in ("LA", "PA"):
             picture = picture.getchannel(0)
@@ -175,6 +177,15 @@ class Labels:
         )
 
 
+def check_transparency(pixels: np.ndarray, path: str) -> None:
+    """Raises UserError if a colour means two things in these RGBA pixels, four bytes in one number: where it
+    is seen, and where it is transparent."""
+    hidden = pixels < 1 << 24
+    if hidden.any() and (both := np.intersect1d(pixels[hidden], pixels[~hidden] & 0xFFFFFF)).size:
+        color = f"{both[0] & 255} {both[0] >> 8 & 255} {both[0] >> 16}"
+        raise UserError(f"{path}: the colour {color} is transparent in places; save the mask without alpha")
+
+
 def read_classes(path: str) -> Labels:
     """Read classes.txt: one class a line, `name` or `name r g b`, and then perhaps `= v [v ...]`.
 
@@ -235,6 +246,10 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
         mistake = "a line begins with the name of a class"
     elif max(color, default=0) > 255:
         mistake = "a colour is three numbers of 0 to 255"
+    elif re.search(r"(?i)^id\b|\br\W+g\W+b$|:$", name):
+        mistake = "leave out headings: a line is a class, `name`, `name r g b` or `name = value`"
+    elif re.search(r"#[0-9a-fA-F]{6}$|\(\d+, *\d+, *\d+\)$", name):
+        mistake = "a colour is three numbers: `name 128 64 128`"
     elif re.search(r"[,;:]\s*\d+$", name):
         mistake = "leave a space between name and numbers: `name r g b`, `name = value`"
     elif re.match(r"\d+[\s,;:]+\S", name):
@@ -249,15 +264,24 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
 def describe_pixels(pictures: Iterable[Image.Image]) -> str:
     """The values or colours that masks hold, the commonest first, with their shares, as lines of classes.txt
     whose names are to be filled in."""
-    counts: Counter = Counter()
+    counts, by_value, by_color, palette_of = Counter(), Counter(), Counter(), {}
     for picture in pictures:
         if picture.mode in COLOR_MODES:
             found = picture.convert("RGB").getcolors(1 << 24)
             counts.update({f"NAME {r} {g} {b}": count for count, (r, g, b) in found})
+        elif picture.mode == "P":
+            palette = np.reshape(picture.getpalette("RGB"), (-1, 3)).tolist()
+            for count, i in picture.getcolors():
+                color = "NAME {} {} {}".format(*(palette[i] if i < len(palette) else (0, 0, 0)))
+                by_value[f"NAME = {i}"] += count
+                by_color[color] += count
+                palette_of.setdefault(i, set()).add(color)
         else:
             values = np.asarray(picture.getchannel(0) if picture.mode in ("LA", "PA") else picture)
             found = zip(*np.unique(values.astype(int), return_counts=True), strict=True)
             counts.update({f"{'NAME' if v >= 0 else IGNORE} = {v}": int(count) for v, count in found})
+    # A number that is one colour in one palette and another in the next means nothing.
+    counts += by_color if any(len(colors) > 1 for colors in palette_of.values()) else by_value
     if len(counts) > 1000:
         return f"{len(counts)} different ones, so that they look like photos and not like masks"
     total = max(1, sum(counts.values()))

@@ -123,7 +123,7 @@ def test_images_in_two_splits_are_counted_by_image(cli, tmp_path):
     Image.new("RGB", (80, 60), (1, 2, 3)).save(root / "images/new.jpg")
     status, out, _ = cli(*CHECK, root, "--split", "test")
     assert status == 0 and "4 of the val images are train images" in out
-    assert "2 of the test images are train images" in out
+    assert "2 of the test images are train images" in out and "1 of the test images are val images" in out
 
 
 def test_counts_of_images_and_pixels_are_exact(tmp_path):

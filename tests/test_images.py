@@ -1,8 +1,10 @@
 """Images of every number format and any bands, to the last pixel; which files are images; large ones."""
 
 import json
+import re
 import sys
 import warnings
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -174,7 +176,7 @@ def test_tiff_whose_0_is_white(tmp_path):
     assert np.array_equal(np.array(read_image(path))[..., 0], 255 - pixels)
     for dtype in (np.uint16, np.int16, np.uint32):
         tifffile.imwrite(path, pixels.astype(dtype), photometric="miniswhite")
-        with pytest.raises(UserError, match="x.tif has u?int.. values of which 0 is white"):
+        with pytest.raises(UserError, match="x.tif has u?int.. values.*0 (is white|as black|is black)"):
             read_image(path, Reading(value_range=(0, 255)))
 
 
@@ -364,6 +366,114 @@ def test_bright_images_of_16_bits_need_no_range(cli, tmp_path):
     checkpoint = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
     status, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
     assert status == 0 and "1 images of 16 bits were nearly black" in out
+
+
+def as_tiffs(root: Path, convert, **options) -> Path:
+    """The small data set as grey TIFFs of what `convert` makes of its grey levels."""
+    make_list_dataset(root)
+    for path in list(root.glob("images/*.jpg")):
+        values = convert(np.array(Image.open(path).convert("L")).astype(np.int64))
+        tifffile.imwrite(path.with_suffix(".tif"), values, photometric="minisblack", **options)
+        path.unlink()
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace(".jpg", ".tif"))
+    return root
+
+
+def no_data(text: str) -> dict:
+    return {"extratags": [(42113, "s", 0, text, True)]}
+
+
+def test_what_means_that_there_is_nothing_is_no_value(cli, tmp_path):
+    """A GeoTIFF's nodata: -9999 in heights, 65535 in 16 bits, the lowest float of all."""
+
+    def holes(values: np.ndarray, dtype: type, low: float, step: float, hole: float) -> np.ndarray:
+        values = (low + step * values).astype(dtype)
+        values[:9, :9] = hole
+        return values
+
+    lowest = "-3.4028234663852886e+38"
+    for name, hole in (("a", "-9999"), ("b", lowest)):
+        convert = partial(holes, dtype=np.float32, low=300, step=1, hole=np.float32(hole))
+        root = as_tiffs(tmp_path / name, convert, **no_data(hole))
+        status, _, err = cli("--check", "--dataset", "custom", "--data_root", root)
+        assert status == 1 and re.search(r"--value_range 3\d\d(\.\d+)? 5\d\d(\.\d+)? makes", err), err
+    root = as_tiffs(
+        tmp_path / "c", partial(holes, dtype=np.uint16, low=200, step=10, hole=65535), **no_data("65535")
+    )
+    status, _, err = cli("--check", "--dataset", "custom", "--data_root", root)
+    assert status == 1 and "--value_range 0 4095 makes" in err
+    assert (
+        cli("--check", "--dataset", "custom", "--data_root", root, "--value_range", "-1e-05", "3e3")[0] == 0
+    )
+
+
+def test_16_bits_within_a_narrow_band_need_a_range(cli, tmp_path):
+    """As thermal cameras give them, 29,000 to 31,000: of these the high bytes are eight levels."""
+    root = as_tiffs(tmp_path / "set", lambda values: (29000 + 7 * values).astype(np.uint16))
+    data = ["--dataset", "custom", "--data_root", root]
+    for flags in (["--check"], ["--train", "--exp", "x", *SMALL, *NETWORK]):
+        status, _, err = cli(*flags, *data)
+        found = re.search(r"which as 8 bits would be lost: --value_range (\d+) (\d+) makes", err)
+        assert status == 1 and 28900 < int(found[1]) < 29512 and 30000 < int(found[2]) < 31232, err
+    assert cli("--check", *data, "--value_range", 29000, 31000)[0] == 0
+
+
+def test_dark_images_to_validate_are_told(cli, tmp_path):
+    """12 bits in 16 in val alone, 8 bits in train."""
+    root = make_list_dataset(tmp_path / "set")
+    for path in list(root.glob("images/val*.jpg")):
+        values = np.array(Image.open(path).convert("L")).astype(np.uint16) << 4
+        Image.fromarray(values).save(path.with_suffix(".png"))
+    path = root / "list/val.txt"
+    path.write_text(path.read_text().replace(".jpg", ".png"))
+    data = ["--dataset", "custom", "--data_root", root]
+    status, out, _ = cli("--train", "--exp", "x", *data, *SMALL, *NETWORK, "--epochs", 1)
+    assert status == 0 and "images of uint16 hold" in out and "--value_range 0 4095" in out
+    status, out, _ = cli("--exp", "x", *data)
+    assert status == 0 and "--value_range 0 4095" in out
+
+
+def test_colours_that_are_not_rgb_are_refused(tmp_path):
+    """CIELab of 16 bits, which Pillow cannot open, radar's complex numbers, FITS, whose zero it ignores."""
+    values = np.arange(600, dtype=np.uint16).reshape(10, 20, 3)
+    tifffile.imwrite(tmp_path / "lab.tif", values, photometric="cielab")
+    tifffile.imwrite(tmp_path / "radar.tif", values[..., 0].astype(np.complex64), photometric="minisblack")
+    for name in ("lab.tif", "radar.tif"):
+        with pytest.raises(UserError, match=f"{name} has .* save it as grey or RGB"):
+            read_header(str(tmp_path / name), Reading(value_range=(0, 600)))
+    cards = [
+        "SIMPLE  = T",
+        "BITPIX  = 16",
+        "NAXIS   = 2",
+        "NAXIS1  = 4",
+        "NAXIS2  = 3",
+        "BZERO   = 32768",
+        "END",
+    ]
+    header = "".join(f"{card:80}" for card in cards).ljust(2880).encode()
+    (tmp_path / "a.fits").write_bytes(header + bytes(2880))
+    with pytest.raises(UserError, match="a.fits is FITS, which is not read right"):
+        read_header(str(tmp_path / "a.fits"))
+
+
+def test_masks_of_several_pages_are_refused(cli, tmp_path):
+    """A page for each class, of which the first would be read; a thumbnail counts for none."""
+    root = make_list_dataset(tmp_path / "set")
+    for path in root.glob("masks/*.png"):
+        mask = np.array(Image.open(path))
+        tifffile.imwrite(path.with_suffix(".tif"), np.stack([mask, mask]), photometric="minisblack")
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace(".png", ".tif"))
+    data = ["--dataset", "custom", "--data_root", root]
+    for flags in (["--check"], ["--train", "--exp", "x", *SMALL, *NETWORK]):
+        status, _, err = cli(*flags, *data)
+        assert status == 1 and "a mask of several frames or pages" in err
+    for path in root.glob("masks/*.png"):
+        with tifffile.TiffWriter(path.with_suffix(".tif")) as file:
+            file.write(np.array(Image.open(path)), photometric="minisblack", subifds=0)
+            file.write(np.zeros((6, 8), np.uint8), photometric="minisblack", subfiletype=1)
+    assert cli("--check", *data)[0] == 0
 
 
 def test_dark_images_of_16_bits_are_told_in_python(trained, tmp_path):

@@ -83,7 +83,9 @@ def test_images_beside_the_folders_of_splits_are_told(tmp_path, capsys):
     assert capsys.readouterr().out == f"{root}/images: {found}\n"
 
 
-@pytest.mark.parametrize(("train", "val"), [("training", "validation"), ("Train", "Val"), ("train", "valid")])
+@pytest.mark.parametrize(
+    ("train", "val"), [("training", "validation"), ("Train", "Val"), ("train2017", "val2017")]
+)
 def test_folders_of_splits_by_their_other_names(tmp_path, train, val):
     """They are the user's own split, which a hash of the names must not mix; links to other disks count."""
     root = make_folders(tmp_path, [f"{train}/1", f"{val}/1", f"{val}/2"], "", "png")

@@ -79,6 +79,12 @@ def test_colours(tmp_path):
         ("a = 1.5\n", "expected pixel values after `=`"),
         ("a = 99999999999\n", "expected pixel values after `=`"),
         ("= 5\n", "a line begins with the name of a class"),
+        ("name r g b\nroad 1 2 3\n", ":1: 'name r g b': leave out headings"),
+        ("id\tname\nroad\nsky\n", "leave out headings"),
+        ("classes:\nroad\nsky\n", "leave out headings"),
+        ("road:128,64,128::\nsky\n", "leave out headings"),
+        ("road #804080\nsky\n", "a colour is three numbers: `name 128 64 128`"),
+        ("road (128, 64, 128)\nsky\n", "a colour is three numbers"),
         ("a\n# the others\n", ":2: '# the others': a line begins with the name of a class"),
         ("1 2 3\n", "the name comes first"),
         ("a = 1\nb = 2 1\n", ":2: 'b': the value 1 is 'a' already"),
@@ -193,6 +199,18 @@ def test_masks_that_cannot_be_used(tmp_path, classes, picture, message):
     assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_colour_that_is_transparent_in_places(tmp_path):
+    """White things on a ground that is white, too, but transparent; on black ground all is clear."""
+    (tmp_path / "classes.txt").write_text("ground 0 0 0\nthing 255 255 255\n")
+    labels = read_classes(str(tmp_path / "classes.txt"))
+    pixels = np.full((2, 3, 4), 255, np.uint8)
+    pixels[0] = (255, 255, 255, 0)
+    with pytest.raises(UserError, match="x.png: the colour 255 255 255 is transparent in places"):
+        labels.read(Image.fromarray(pixels), "x.png")
+    pixels[0] = 0
+    assert labels.read(Image.fromarray(pixels), "x.png").tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
 def test_minus_one_is_ignored_where_it_is_named(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\nignore = -1\n")
     Image.fromarray(np.array([[-1, 0, 1]], np.int32)).save(tmp_path / "m.tif")
@@ -272,6 +290,11 @@ def test_pixels_of_masks_without_a_description():
     assert describe_pixels(pictures) == "`NAME = 0` (75.0%), `NAME = 255` (12.5%), `NAME = 7` (12.5%)"
     assert describe_pixels([Image.new("RGBA", (2, 2), (1, 2, 3, 4))]) == "`NAME 1 2 3` (100.0%)"
     assert describe_pixels([grey(range(200))]).endswith(" and 170 more")
+    palettes = grey([0, 1, 1, 1]), grey([1, 0, 0, 0])  # the same picture, its colours in another order
+    palettes[0].putpalette([0, 0, 0, 9, 8, 7])
+    palettes[1].putpalette([9, 8, 7, 0, 0, 0])
+    assert describe_pixels(palettes) == "`NAME 9 8 7` (75.0%), `NAME 0 0 0` (25.0%)"
+    assert describe_pixels([palettes[0]] * 2) == "`NAME = 1` (75.0%), `NAME = 0` (25.0%)"
     assert describe_pixels([grey([0, 1]).convert("1")]).startswith("`NAME = 0`")
     noise = np.random.RandomState(0).randint(0, 256, (60, 80, 3), dtype=np.uint8)
     assert "look like photos and not like masks" in describe_pixels([Image.fromarray(noise)])
