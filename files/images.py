@@ -139,7 +139,7 @@ def read_tiff_header(path: str, max_pixels: int) -> Header:
         turn, nodata = TURNS.get(int(page.tags.valueof(ORIENTATION, 1))), page.tags.valueof(NODATA)
         if page.photometric not in BANDED[1:] or page.dtype.kind not in "iuf":
             found = f"{kind} values, photometric interpretation {int(page.photometric)}"
-            raise UserError(f"{path} has {found}: save it as grey or RGB whose 0 is black")
+            raise UserError(f"{path} has {found}; save it as grey or RGB whose 0 is black")
         frames = sum(not (other.is_reduced or other.is_mask) for other in page.parent.pages)
         check_pixels(path, size, max_pixels)
     upright = size[::-1] if turn in SIDEWAYS else size
@@ -157,7 +157,7 @@ def to_number(text: object) -> float:
 def check_black(path: str, kind: str, photometric: int | None) -> None:
     """Raises UserError if 0 is white in a TIFF of more than 8 bits: Pillow inverts those of 8 alone."""
     if photometric == 0 and kind != "uint8":
-        raise UserError(f"{path} has {kind} values of which 0 is white: save it with 0 as black")
+        raise UserError(f"{path} has {kind} values of which 0 is white; save it with 0 as black")
 
 
 def check_unscaled(path: str, image: Image.Image) -> None:
@@ -171,7 +171,7 @@ def check_unscaled(path: str, image: Image.Image) -> None:
             highest = (2 << (data[data.find(JPEG2000_START) + JPEG2000_BITS] & 127)) - 1
     if highest not in ((None, 255, 65535) if image.mode.startswith("I") else (None, 255)):
         reason = f"its values go to {highest}, which is not what Pillow reads"
-        raise UserError(f"{path}: {reason}: save it as PNG or TIFF")
+        raise UserError(f"{path}: {reason}; save it as PNG or TIFF")
 
 
 def check_pixels(path: str, size: tuple[int, int], max_pixels: int) -> None:
@@ -283,7 +283,7 @@ def open_image(
         image = Image.open(path)
         check_pixels(path, image.size, max_pixels)
         if image.format in NO_PHOTOS:
-            raise UserError(f"{path} is {image.format}, which is not read right: convert it to TIFF or PNG")
+            raise UserError(f"{path} is {image.format}, which is not read right; convert it to TIFF or PNG")
         if is_mask:
             check_unscaled(path, image)
             if count_frames(image) > 1:
