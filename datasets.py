@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets import Cityscapes as CityscapesClasses
 
 from files.exports import recognize
-from files.images import AS_STORED, Header, Reading, check_sizes, open_image, read_image, to_array, upright
+from files.images import AS_STORED, Header, Reading, check_sizes, open_image, upright
 from files.lists import Pairs, find_samples, holds_samples, read_list, unique_names
 from files.masks import VOC_CLASSES, Labels, describe_pixels, read_classes
 from files.pictures import Palette, save_image, save_mask, voc_palette
+from files.pixels import read_image, to_array
 from files.shapes import draw_shapes
 from files.whole import read_lines
 from utils import IGNORE_INDEX, UserError, end_if_stopped, ignore_stop_signals

@@ -24,7 +24,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
-from files.images import AS_STORED, as_rgb, enlarge, shrink, to_array
+from files.images import AS_STORED
+from files.pixels import as_rgb, enlarge, shrink, to_array
 from files.tiles import Result, blend
 from utils import UserError
 

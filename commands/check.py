@@ -14,7 +14,6 @@ from torch import Tensor
 from datasets import DATASETS, SegmentationDataset
 from files.images import (
     AS_STORED,
-    NARROW,
     UNCLEAR,
     Header,
     Reading,
@@ -22,10 +21,10 @@ from files.images import (
     open_image,
     read_header,
     sample_header,
-    value_range,
 )
 from files.masks import COLOR_MODES
 from files.pictures import sample_row, sample_sheet, save_image
+from files.pixels import NARROW, value_range
 from files.report import Card, data_name, files_folder, save_page, save_preview
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 

@@ -17,19 +17,10 @@ from torch import Tensor
 
 from datasets import batches_of_one_size
 from deeplab import DeepLabv3, Inference
-from files.images import (
-    Header,
-    Reading,
-    decode,
-    enlarge,
-    is_dark,
-    read_header,
-    read_image,
-    shrink,
-    to_array,
-)
+from files.images import Header, Reading, read_header
 from files.lists import describe_left_out, is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
+from files.pixels import decode, enlarge, is_dark, read_image, shrink, to_array
 from files.tiles import windows
 from files.whole import free_name, read_csv, save_csv
 from utils import UserError, ahead, end_if_stopped, progress

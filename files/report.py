@@ -11,8 +11,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from files.images import shrink
 from files.pictures import Palette
+from files.pixels import shrink
 from files.runs import checkpoint_place, log_beside, parse_rows
 from files.whole import write_whole
 from utils import IGNORE_INDEX, percent

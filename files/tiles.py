@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from files.images import to_array
+from files.pixels import to_array
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,8 @@ from PIL import Image
 import deeplab
 import main
 from files import images, lists
-from files.images import Reading, open_image, read_header, read_image
+from files.images import Reading, open_image, read_header
+from files.pixels import read_image
 from utils import UserError
 
 tifffile = pytest.importorskip("tifffile")

@@ -24,8 +24,8 @@ from commands import predict as prediction
 from commands.evaluate import confusion_matrices, metrics
 from commands.flags import parse_args
 from deeplab import Inference
-from files.images import to_rgb
 from files.lists import unique_names
+from files.pixels import to_rgb
 from utils import UserError
 
 
