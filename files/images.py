@@ -261,7 +261,7 @@ def check_sizes(image: str, image_size: tuple[int, int], mask: str, mask_size: t
 
 
 # ----------------------------------------------------------------------------------------------------------
-# pixels
+# opening
 
 
 def open_image(
