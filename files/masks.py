@@ -181,7 +181,11 @@ def check_transparency(pixels: np.ndarray, path: str) -> None:
     """Raises UserError if a colour means two things in these RGBA pixels, four bytes in one number: where it
     is seen, and where it is transparent."""
     hidden = pixels < 1 << 24
-    if hidden.any() and (both := np.intersect1d(pixels[hidden], pixels[~hidden] & 0xFFFFFF)).size:
+    if not hidden.any():
+        return
+    seen = np.zeros(1 << 24, bool)  # sorting the colours would take seconds
+    seen[pixels[~hidden] & 0xFFFFFF] = True
+    if (both := pixels[hidden][seen[pixels[hidden]]]).size:
         color = f"{both[0] & 255} {both[0] >> 8 & 255} {both[0] >> 16}"
         raise UserError(f"{path}: the colour {color} is transparent in places; save the mask without alpha")
 
