@@ -45,7 +45,9 @@ def compact(item: dict) -> Any:
                 shape = [array("d", polygon) for polygon in shape]
             except TypeError:
                 shape = None
-        return CocoObject(item["image_id"], item["category_id"], bool(item.get("iscrowd")), shape)
+        # Datumaro, which adds `attributes`, writes iscrowd with every RLE: brush masks, but no crowds.
+        crowd = bool(item.get("iscrowd")) and "attributes" not in item
+        return CocoObject(item["image_id"], item["category_id"], crowd, shape)
     if "file_name" in item and "id" in item:
         return CocoImage(item["id"], str(item["file_name"]), item.get("width"), item.get("height"))
     return item
@@ -150,7 +152,8 @@ def draw_coco(objects: list, labels: Sequence[int], size: tuple[int, int], notes
     width, height = size
     shapes = []
     for number, crowd, shape in objects:
-        label = IGNORE_INDEX if crowd and labels[number] else labels[number]
+        crowd = crowd and labels[number] > 0
+        label = IGNORE_INDEX if crowd else labels[number]
         if isinstance(shape, dict):
             shape = coco_rle(shape, width, height)
         else:
@@ -162,6 +165,7 @@ def draw_coco(objects: list, labels: Sequence[int], size: tuple[int, int], notes
             shape = coco.merge(coco.frPyObjects(polygons, height, width))
         area = int(coco.area(shape))
         notes.add(EMPTY, "", area == 0)
+        notes.add("objects are iscrowd: ignored", "", crowd)
         shapes.append((area, label, shape))
     mask = np.zeros((height, width), np.uint8, order="F")  # as RLE goes: down, then right
     for _, label, shape in sorted(shapes, key=lambda item: -item[0]):

@@ -67,8 +67,9 @@ def write(path: Path, text: str) -> None:
 # The makers write an export and return {path of the image: labels}, and perhaps flags to read it with.
 
 
-def coco_part(path: Path, folder: Path, prefix: str, seed: int, placeholder: bool = False) -> dict:
-    """A COCO JSON of four images: overlapping polygons, one of two pieces, RLE of both kinds, a crowd."""
+def coco_part(path: Path, folder: Path, prefix: str, seed: int, placeholder=False, datumaro=False) -> dict:
+    """A COCO JSON of four images: overlapping polygons, one of two pieces, RLE of both kinds, a crowd; of
+    datumaro's a mask that is no crowd, but written as one."""
     from pycocotools import mask as coco
     from pycocotools.coco import COCO
 
@@ -100,6 +101,7 @@ def coco_part(path: Path, folder: Path, prefix: str, seed: int, placeholder: boo
                 "area": 1,
                 "bbox": [0, 0, 1, 1],
             }
+            annotations[-1] |= {"attributes": {"occluded": False}} if datumaro else {}
     write(
         path, json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories})
     )
@@ -108,7 +110,7 @@ def coco_part(path: Path, folder: Path, prefix: str, seed: int, placeholder: boo
         mask = np.zeros(SIZE[::-1], np.uint8)
         found = [(tool.annToMask(a), a) for a in annotations if a["image_id"] == image["id"]]
         for where, a in sorted(found, key=lambda item: -int(item[0].sum())):
-            paint(mask, where, 255 if a["iscrowd"] else {3: 1, 7: 2}[a["category_id"]])
+            paint(mask, where, 255 if a["iscrowd"] and not datumaro else {3: 1, 7: 2}[a["category_id"]])
         expected[str(folder / image["file_name"].removeprefix(prefix))] = mask
     return expected
 
@@ -122,7 +124,8 @@ def make_coco(root: Path):
 
 def make_cvat_coco(root: Path):
     pytest.importorskip("pycocotools")
-    return coco_part(root / "annotations/instances_default.json", root / "images/default", "", 3)
+    path = root / "annotations/instances_default.json"
+    return coco_part(path, root / "images/default", "", 3, datumaro=True)
 
 
 def make_label_studio_coco(root: Path):
@@ -339,7 +342,7 @@ def test_a_converted_export_trains_and_evaluates(kind, tmp_path, cli):
     assert status == 0 and "Mean IoU" in out
 
 
-def test_known_answer_of_coco(tmp_path):
+def test_known_answer_of_coco(tmp_path, capsys):
     """A ring by RLE, a square in its hole, boxes that overlap it, a crowd; the smaller lie on top."""
     pytest.importorskip("pycocotools")
     photo(tmp_path / "e/a.png", (8, 6))
@@ -364,6 +367,7 @@ def test_known_answer_of_coco(tmp_path):
         tmp_path / "e/x.json", json.dumps({"images": images, "annotations": anns, "categories": categories})
     )
     convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    assert f"1 objects are iscrowd: ignored (the first: {tmp_path}/e/a.png)" in capsys.readouterr().out
     found = masks_of(tmp_path / "set")
     i = 255
     assert found[str(tmp_path / "e/a.png")][1].tolist() == [
