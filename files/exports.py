@@ -211,8 +211,8 @@ def draw_mask_file(
 
 
 def read_voc(export: str, files: list[str], images: str | None) -> Export:
-    """VOC's folders, of VOC, CVAT (labelmap.txt) or Lightly (class_id_to_name.json). Raises UserError if the
-    images are missing."""
+    """VOC's folders, of VOC, CVAT (labelmap.txt), Lightly (class_id_to_name.json) or labelme2voc
+    (class_names.txt). Raises UserError if the images are missing."""
     classes, palette, values = voc_classes(export)
     colors = dict(zip(map(tuple, palette), range(len(classes)), strict=True))
     colors = colors if len(colors) == len(classes) else {}
@@ -234,6 +234,9 @@ def read_voc(export: str, files: list[str], images: str | None) -> Export:
         else:
             content = MaskFile(os.path.join(export, "SegmentationClass", masks[name]), labels)
             samples.append(Sample(os.path.join(folder, photos[name]), split, None, content))
+    if classes is VOC_CLASSES:
+        hint = "taken for VOC's 21; labelmap.txt names others"
+        notes.add(f"masks without a file that names their classes: {hint}", *example(masks))
     notes.add(
         "masks are in no list of ImageSets/Segmentation: left out", *example(masks.keys() - splits.keys())
     )
@@ -264,9 +267,13 @@ def voc_classes(export: str) -> tuple[list[str], list[tuple[int, int, int]], dic
         names = [lines[i][0] for i in order]
         palette = [lines[i][1] or tuple(colors[i % 256]) for i in order]
         return names, palette, {value: label for label, value in enumerate(order)}
-    path = os.path.join(export, "class_id_to_name.json")
-    if os.path.exists(path):
-        table = load_json(path)
+    for path in find(export, "class_id_to_name.json", "class_names.txt"):
+        if path.endswith(".json"):
+            table = load_json(path)
+        else:
+            lines = [line.strip() for _, line in read_lines(path, "it names the classes")]
+            lines = lines[lines[0] == "__ignore__" :]  # that is no value
+            table = dict(enumerate(BACKGROUND if name == "_background_" else name for name in lines))
         try:
             items = sorted((name != BACKGROUND, int(value), str(name)) for value, name in table.items())
         except (AttributeError, ValueError) as error:

@@ -187,6 +187,16 @@ def make_lightly(root: Path):
     return masks
 
 
+def make_labelme2voc(root: Path):
+    masks = random_masks(root / "JPEGImages", [f"{i}.jpg" for i in range(4)])
+    write(root / "class_names.txt", "_background_\ncat\ndog")
+    for path, mask in masks.items():
+        (root / "SegmentationClass").mkdir(exist_ok=True)
+        mask[3:5] = 255
+        Image.fromarray(mask).save(root / f"SegmentationClass/{Path(path).stem}.png")
+    return masks
+
+
 def make_roboflow_masks(root: Path):
     masks = random_masks(root, [f"{part}/{n}.rf.4f.jpg" for part in ("train", "valid", "test") for n in "ab"])
     for part in ("train", "valid", "test"):
@@ -340,6 +350,29 @@ def test_a_converted_export_trains_and_evaluates(kind, tmp_path, cli):
     assert status == 0, err
     status, out, _ = cli(*about, "--backbone", "tiny")
     assert status == 0 and "Mean IoU" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "table"),
+    [
+        ("__ignore__\n_background_\ncat\ndog\n", ["background", "cat", "dog"], [0, 1, 2]),
+        ("cat\n_background_\ndog\n", ["background", "cat", "dog"], [1, 0, 2]),
+        (None, VOC_CLASSES, [0, 1, 2]),
+    ],
+)
+def test_classes_of_vocs_layout(text, classes, table, tmp_path, capsys):
+    """class_names.txt can be the labels.txt that labelme2voc takes; without any file they are VOC's."""
+    expected = make_labelme2voc(tmp_path / "export")
+    (tmp_path / "export/class_names.txt").unlink()
+    if text:
+        write(tmp_path / "export/class_names.txt", text)
+    convert(str(tmp_path / "export"), str(tmp_path / "set"))
+    note = "4 masks without a file that names their classes: taken for VOC's 21; labelmap.txt names others"
+    assert (note in capsys.readouterr().out) == (text is None)
+    assert ListSegmentation(str(tmp_path / "set"), "train").classes == classes
+    table = np.array([*table, *[255] * 253], np.uint8)
+    for path, (_, mask) in masks_of(tmp_path / "set").items():
+        np.testing.assert_array_equal(mask, table[expected[path]])
 
 
 def test_known_answer_of_coco(tmp_path, capsys):
