@@ -170,12 +170,14 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
 
 def yolo_images(root: str, entry: str, notes: Notes) -> list[str]:
     """The images of an entry of data.yaml: a folder, or a list of files. For the folder train/images beside
-    data.yaml Roboflow writes `../train/images`."""
-    forms = [entry, entry.removeprefix("../"), entry.partition("/")[2] or entry]
-    path = next((p for p in (os.path.join(root, form) for form in forms) if os.path.exists(p)), None)
-    if path is None:
+    data.yaml Roboflow writes `../train/images`, where another export may lie."""
+    forms = dict.fromkeys((entry.removeprefix("../"), entry, entry.partition("/")[2] or entry))
+    there = [path for path in (os.path.join(root, form) for form in forms) if os.path.exists(path)]
+    if not there:
         notes.add("folders of data.yaml are not there: left out", entry)
         return []
+    path, twice = there[0], entry.startswith("../") and len(there) > 1
+    notes.add("folders of data.yaml are also beside it: taken from there", entry, twice)
     if os.path.isdir(path):
         return [os.path.join(path, name) for _, name in sorted(images_below(path).items())]
     found = []

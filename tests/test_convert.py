@@ -453,6 +453,19 @@ def test_turned_images_of_which_the_size_tells_nothing(orientation, tmp_path, ca
     assert (line in capsys.readouterr().out) == (orientation == 3)
 
 
+def test_an_export_of_yolo_beside_another(tmp_path, capsys):
+    """Roboflow's `../train/images` stands for the folder beside data.yaml, not for the neighbour's."""
+    expected = make_yolo(tmp_path / "both/one")
+    make_yolo(tmp_path / "both")
+    convert(str(tmp_path / "both/one"), str(tmp_path / "set"))
+    assert masks_of(tmp_path / "set").keys() == expected.keys()
+    note = "2 folders of data.yaml are also beside it: taken from there"
+    assert f"{note} (the first: ../train/images)" in capsys.readouterr().out
+    os.renames(tmp_path / "both/one/data.yaml", tmp_path / "both/config/data.yaml")
+    convert(str(tmp_path / "both/config"), str(tmp_path / "as it says"))
+    assert {Path(path).parents[2].name for path in masks_of(tmp_path / "as it says")} == {"both"}
+
+
 def test_one_folder_for_train_and_val(tmp_path, cli):
     """As in data.yaml of small examples; without `val` a hash splits."""
     pytest.importorskip("yaml")
