@@ -138,7 +138,8 @@ def convert(
             jobs = zip(data.samples, names, strict=True)
             drawn = progress(ahead(pool, make, jobs, 8 * cores), "drawing masks", len(names))
             result = collect(zip(data.samples, names, drawn, strict=True), data.notes, skip_bad)
-        result = result._replace(kept=assign_splits(result.kept, data.notes))
+        folders = [images or export, export if os.path.isdir(export) else os.path.dirname(export)]
+        result = result._replace(kept=assign_splits(result.kept, folders, data.notes))
         check_content(result, target, data.notes)
         write_lists(temporary, root, result, target)
         move(temporary, root)
@@ -237,20 +238,29 @@ def check_samples(samples: list[Sample], notes: Notes) -> None:
         raise UserError(f"{path} is {count} times in the export: take the others out")
 
 
-def assign_splits(kept: list[Kept], notes: Notes) -> list[Kept]:
-    """The images with a split each. Where the export has no train or no val, the hashes of the names put
-    every fifth of those images that are not its test part in val."""
+def path_within(image: str, folders: list[str]) -> str:
+    """The path of an image, without the ending, in the first of these folders that holds it, or else from the
+    last: other images do not change it, nor does another place of the export."""
+    image, *folders = (os.path.splitdrive(os.path.abspath(path))[1] for path in (image, *folders))
+    folder = next((f for f in folders if image.startswith(os.path.join(f, ""))), folders[-1])
+    return os.path.splitext(os.path.relpath(image, folder))[0].replace(os.sep, "/")
+
+
+def assign_splits(kept: list[Kept], folders: list[str], notes: Notes) -> list[Kept]:
+    """The images with a split each. Where the export has no train or no val, the hashes of the paths within
+    these folders put every fifth of those images that are not its test part in val."""
     found = {item.split for item in kept}
     if {"train", "val"} <= found:
         lonely = [item.image for item in kept if not item.split]
         notes.add("images are in no split of the export: put in train", *example(lonely))
         return [item._replace(split=item.split or "train") for item in kept]
-    free = {item.mask for item in kept if item.split != "test" or found == {"test"}}
-    val = every_fifth(free)
-    val = val if 0 < len(val) < len(free) or not free else {min(free)}
-    print("the export is not split into train and val: a hash of its name puts every fifth image in val")
-    split_of = {name: "val" if name in val else "train" for name in free}
-    return [item._replace(split=split_of.get(item.mask, item.split)) for item in kept]
+    free = [item for item in kept if item.split != "test" or found == {"test"}]
+    names = {item: path_within(item.image, folders) for item in free}
+    val, all_names = every_fifth(names.values()), set(names.values())
+    val = val if 0 < len(val) < len(all_names) or not free else {min(all_names)}
+    print("the export is not split into train and val: a hash of its path puts every fifth image in val")
+    splits = {item: "val" if name in val else "train" for item, name in names.items()}
+    return [item._replace(split=splits.get(item, item.split)) for item in kept]
 
 
 def make_mask(draw, target: Target, folder: str, minimum: int, job: tuple[Sample, str]) -> Drawn | UserError:

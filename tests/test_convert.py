@@ -21,6 +21,7 @@ import commands.convert
 from commands.convert import convert
 from datasets import ListSegmentation, VOCSegmentation
 from files.coco import run_lengths
+from files.lists import every_fifth
 from files.masks import VOC_CLASSES
 from files.pictures import voc_palette
 from utils import UserError
@@ -334,7 +335,7 @@ def test_masks_are_those_of_a_slow_reference(kind, tmp_path, cli):
         if kind in SPLIT_BY_THE_EXPORT and kind != "voc":
             assert split in {"valid": "val"}.get(Path(path).relative_to(tmp_path / "export").parts[0], path)
     assert {split for split, _ in found.values()} >= {"train", "val"}
-    assert ("a hash of its name" in out) == (kind not in SPLIT_BY_THE_EXPORT)
+    assert ("a hash of its path" in out) == (kind not in SPLIT_BY_THE_EXPORT)
     classes = [line.rsplit(" ", 3)[0] for line in (tmp_path / "new/set/classes.txt").read_text().splitlines()]
     assert classes == (VOC_CLASSES if kind == "voc" else ["background", "cat", "dog"])
     status, out, err = cli("--check", "--dataset", "custom", "--data_root", tmp_path / "new/set")
@@ -792,6 +793,24 @@ def labelme_file(path: Path, label: str) -> None:
     photo(path.with_suffix(".jpg"))
     shape = {"label": label, "points": [[1, 1], [30, 30]], "shape_type": "rectangle"}
     write(path, json.dumps({"shapes": [shape], "imagePath": f"{path.stem}.jpg"}))
+
+
+@pytest.mark.parametrize("images", [None, "photos"])
+def test_val_stays_when_other_folders_come(images, tmp_path):
+    """Their images may have the same base names; the hash is of the path in the export or in --images."""
+    names, found = [f"cam{k}/{i:02}" for k in (1, 2) for i in range(20)], []
+    for export, count in (("first", 20), ("elsewhere/second", 40)):
+        for name in names[:count]:
+            labelme_file(tmp_path / export / f"{name}.json", "cat")
+            if images:
+                path = tmp_path / export / f"{name}.json"
+                path.write_text(path.read_text().replace(f"{path.stem}.jpg", f"{name}.jpg"))
+                (tmp_path / images / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(path.with_suffix(".jpg"), tmp_path / images / f"{name}.jpg")
+        convert(str(tmp_path / export), str(tmp_path / f"{export} set"), images and str(tmp_path / images))
+        val = [path for path, (split, _) in masks_of(tmp_path / f"{export} set").items() if split == "val"]
+        found.append({"/".join(Path(path).with_suffix("").parts[-2:]) for path in val})
+    assert found == [every_fifth(names[:20]), every_fifth(names)] and all(found)
 
 
 def test_classes_that_are_alike(tmp_path, capsys):
