@@ -60,39 +60,25 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
         raise UserError("COCO's polygons and RLE need a package: pip install pycocotools") from error
-    classes, samples, notes = [BACKGROUND], [], Notes()
+    classes, samples, notes, listed = [BACKGROUND], [], Notes(), {}
     for path in files:
-        if os.path.getsize(path) > 1 << 24:
-            print(f"reading {path} ({os.path.getsize(path) >> 20} MB)", flush=True)
-        data = load_json(path, compact)
-        missing = [
-            key
-            for key in ("images", "annotations", "categories")
-            if not (isinstance(data, dict) and key in data)
-        ]
-        if missing:
-            raise UserError(f"{path} has no {missing[0]!r}: a COCO JSON has images, annotations, categories")
+        data, entries = load_coco(path)
         numbers = coco_categories(path, data, classes, notes)
+        listed[path] = set(numbers.values())
         objects: dict[Any, list] = {}
-        entries = {}
-        for image in data["images"]:
-            if not isinstance(image, CocoImage):
-                raise UserError(f"{path}: an image has no id or no file_name")
-            if image.id in entries:
-                raise UserError(f"{path}: two images have the id {image.id}: {image.file_name} is one")
-            entries[image.id] = image
         for item in data["annotations"]:
             if not isinstance(item, CocoObject) or item.category_id not in numbers:
                 what = getattr(item, "category_id", item)
                 raise UserError(f"{path}: an annotation is of the category {what!r}, which is not listed")
             if item.image_id not in entries:
                 notes.add("annotations of images that are not listed: left out", f"image {item.image_id}")
-            elif not item.segmentation:
+                continue
+            found = objects.setdefault(item.image_id, [])
+            if item.segmentation:
+                found.append((numbers[item.category_id], item.crowd, item.segmentation))
+            else:
                 example = entries[item.image_id].file_name
                 notes.add("annotations without a polygon or RLE, as boxes are: left out", example)
-            else:
-                found = (numbers[item.category_id], item.crowd, item.segmentation)
-                objects.setdefault(item.image_id, []).append(found)
         stem = os.path.basename(path).removesuffix(".json").removeprefix("instances_")
         split = split_in(stem) or split_in(os.path.basename(os.path.dirname(os.path.abspath(path))))
         where = image_folders(path, stem, images)
@@ -101,6 +87,8 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
             if not found:
                 notes.add(f"images of {path} are not there: left out", image.file_name)
                 continue
+            if image.id not in objects:
+                notes.add("images have no annotation: background alone", image.file_name)
             size = known_size(image.width, image.height, f"{path}: {image.file_name}")
             samples.append(Sample(found, split, size, objects.get(image.id, [])))
         if entries and not samples:
@@ -108,7 +96,29 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
             raise UserError(
                 f"{path}: {first} is in none of {looked}: --images DIR names the folder of images"
             )
+    for number, name in enumerate(classes[1:], 1):
+        if lacking := [path for path in files if number not in listed[path]]:
+            reason = "classes are missing from the categories of a file: background in its images"
+            notes.add(reason, f"{name}, which {lacking[0]} does not list")
     return Export(classes, samples, draw_coco, notes)
+
+
+def load_coco(path: str) -> tuple[dict, dict[Any, CocoImage]]:
+    """What a COCO JSON holds, and its images by their ids. Raises UserError if that is no COCO JSON."""
+    if os.path.getsize(path) > 1 << 24:
+        print(f"reading {path} ({os.path.getsize(path) >> 20} MB)", flush=True)
+    data = load_json(path, compact)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or key not in data:
+            raise UserError(f"{path} has no {key!r}: a COCO JSON has images, annotations, categories")
+    entries: dict[Any, CocoImage] = {}
+    for image in data["images"]:
+        if not isinstance(image, CocoImage):
+            raise UserError(f"{path}: an image has no id or no file_name")
+        if image.id in entries:
+            raise UserError(f"{path}: two images have the id {image.id}: {image.file_name} is one")
+        entries[image.id] = image
+    return data, entries
 
 
 def coco_categories(path: str, data: dict, classes: list[str], notes: Notes) -> dict[Any, int]:

@@ -660,6 +660,31 @@ def test_what_is_left_out_is_counted(tmp_path, cli):
     assert cow.split() == ["cow", "0.00", "%", "0", "nowhere"]
 
 
+def test_what_becomes_background_is_noted(tmp_path, cli):
+    """Images that nobody has annotated, and classes that one of two files of COCO does not know."""
+    make_coco(tmp_path / "export")
+    for split in ("train", "val"):
+        path = tmp_path / f"export/annotations/instances_{split}2017.json"
+        data = json.loads(path.read_text())
+        if split == "val":
+            data["categories"] = [item for item in data["categories"] if item["name"] == "dog"]
+            data["annotations"] = [a for a in data["annotations"] if a["category_id"] == 7]
+        else:
+            data["annotations"] = [a for a in data["annotations"] if a["image_id"] not in (41, 43)]
+            data["annotations"][0]["image_id"] = 43
+            data["annotations"][0]["segmentation"] = []
+        path.write_text(json.dumps(data))
+    status, out, err = cli("--convert", "export", "--data_root", "set")
+    assert status == 0, err
+    for line in (
+        "1 images have no annotation: background alone (the first: img 11.jpg)",
+        "1 annotations without a polygon or RLE, as boxes are: left out (the first: img 13.jpg)",
+        "1 classes are missing from the categories of a file: background in its images (the first: cat, which "
+        "export/annotations/instances_val2017.json does not list)",
+    ):
+        assert line in out
+
+
 def test_exports_that_are_refused(tmp_path, cli):
     (tmp_path / "empty").mkdir()
     for name, message in (("empty", "looked for a COCO JSON"), ("nowhere", "nowhere is not there")):
