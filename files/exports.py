@@ -86,8 +86,8 @@ def recognize(path: str) -> tuple[str, list[str]] | None:
     for patterns in (["annotations/instances_*.json"], roboflow, ["annotations/*.json"], ["*.json"]):
         if files := [file for file in find(path, *patterns) if sum(mentions(file, *keys)) >= 2]:
             return COCO, files
-    files = find(path, "*.json", "*/*.json", "*/*/*.json")
-    if any(any(mentions(file, b'"shapes"')) for file in files[:3]):
+    files = find(path, "**/*.json")
+    if any(any(mentions(file, b'"shapes"')) for file in files):
         return LABELME, files
     return None
 
@@ -103,7 +103,7 @@ def find(folder: str, *patterns: str) -> list[str]:
     found = []
     for pattern in patterns:
         if has_magic(pattern):
-            found += sorted(glob(pattern, root_dir=folder))
+            found += sorted(glob(pattern, root_dir=folder, recursive=True))
         elif os.path.exists(os.path.join(folder, pattern)):
             found.append(pattern)
     names = dict.fromkeys(name for name in found if not os.path.basename(name).startswith("."))

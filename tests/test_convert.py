@@ -679,8 +679,8 @@ def test_what_becomes_background_is_noted(tmp_path, cli):
     for line in (
         "1 images have no annotation: background alone (the first: img 11.jpg)",
         "1 annotations without a polygon or RLE, as boxes are: left out (the first: img 13.jpg)",
-        "1 classes are missing from the categories of a file: background in its images (the first: cat, which "
-        "export/annotations/instances_val2017.json does not list)",
+        "1 classes are missing from the categories of a file: background in its images (the first: cat, "
+        "which export/annotations/instances_val2017.json does not list)",
     ):
         assert line in out
 
@@ -836,6 +836,16 @@ def test_val_stays_when_other_folders_come(images, tmp_path):
         val = [path for path, (split, _) in masks_of(tmp_path / f"{export} set").items() if split == "val"]
         found.append({"/".join(Path(path).with_suffix("").parts[-2:]) for path in val})
     assert found == [every_fifth(names[:20]), every_fifth(names)] and all(found)
+
+
+def test_labelme_at_any_depth(tmp_path):
+    """Other JSON files, which come first, do not hide it."""
+    for name in ("z/0", "z/day/1", "z/day/cam/lane/night/2"):
+        labelme_file(tmp_path / f"export/{name}.json", "cat")
+    for name in "abcd":
+        write(tmp_path / f"export/{name}.json", "{}")
+    convert(str(tmp_path / "export"), str(tmp_path / "set"))
+    assert sorted(Path(path).stem for path in masks_of(tmp_path / "set")) == ["0", "1", "2"]
 
 
 def test_classes_that_are_alike(tmp_path, capsys):
