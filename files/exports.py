@@ -146,8 +146,9 @@ def load_json(path: str, hook: Callable[[dict], Any] | None = None) -> Any:
 # what several formats need
 
 
-def find_image(name: str, folders: list[str]) -> str | None:
-    """The path of an image in the first of these folders that has it, which moves to the front."""
+def find_image(name: str, folders: list[str], notes: Notes) -> str | None:
+    """The path of an image in the first of these folders that has it, which moves to the front. If none has
+    it with the folders in its name, it is looked for without them, and noted."""
     name = name.replace("\\", "/")
     for form in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name), os.path.basename(name))):
         for folder in folders:
@@ -155,6 +156,9 @@ def find_image(name: str, folders: list[str]) -> str | None:
             if os.path.isfile(path):
                 folders.remove(folder)
                 folders.insert(0, folder)
+                moved = "/" in name and "/" not in form
+                reason = "images are not in the folders that the export names: taken by their file names"
+                notes.add(reason, name, moved)
                 return os.path.normpath(path)
     return None
 

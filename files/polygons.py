@@ -42,7 +42,11 @@ def read_labelme(export: str, files: list[str], images: str | None) -> Export:
         name = str(data.get("imagePath") or "").replace("\\", "/")
         beside = [os.path.splitext(os.path.basename(path))[0] + ending for ending in sorted(image_endings())]
         where = [images] if images else [os.path.dirname(path)]
-        image = next(filter(None, (find_image(name, where) for name in (name, *beside) if name)), None)
+        image = name and find_image(name, where, notes)
+        if not image:
+            image = next(filter(None, (find_image(other, where, notes) for other in beside)), None)
+            reason = "images have another name in their JSON files: taken by the names of these"
+            notes.add(reason, f"{name} of {path}", bool(name and image))
         if not image:
             notes.add("images are not beside their JSON files: left out", f"{name} of {path}")
             continue
@@ -183,7 +187,8 @@ def yolo_images(root: str, entry: str, notes: Notes) -> list[str]:
     found = []
     for _, line in read_lines(path, "it names the images"):
         name = line.strip()
-        image = find_image(name, [root, os.path.dirname(path)]) or find_image(name.partition("/")[2], [root])
+        where, inner = [root, os.path.dirname(path)], name.partition("/")[2]
+        image = find_image(name, where, notes) or find_image(inner, [root], notes)
         if image:
             found.append(image)
         else:

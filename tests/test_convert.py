@@ -685,6 +685,30 @@ def test_what_becomes_background_is_noted(tmp_path, cli):
         assert line in out
 
 
+def test_images_that_are_elsewhere_are_noted(tmp_path, cli):
+    """Their names alone are the same: they may be others."""
+    note = "images are not in the folders that the export names: taken by their file names"
+    pytest.importorskip("pycocotools")
+    coco_part(tmp_path / "coco/x.json", tmp_path / "coco/images", "cam1/", 5)
+    make_cvat_yolo(tmp_path / "yolo")
+    make_labelme(tmp_path / "labelme")
+    for path in [*(tmp_path / "yolo/images/train").iterdir(), *(tmp_path / "yolo/labels/train").iterdir()]:
+        path.rename(tmp_path / "yolo" / path.name)
+    path = tmp_path / "labelme/photo 3.json"
+    path.write_text(path.read_text().replace("photo 3.jpg", "../raw/photo 3.jpg"))
+    for kind, first in (
+        ("coco", "4 {} (the first: cam1/img 50.jpg)"),
+        ("yolo", "6 {} (the first: data/images/train/0.jpg)"),
+        ("labelme", "1 {} (the first: ../raw/photo 3.jpg)\n"),
+    ):
+        status, out, err = cli("--convert", kind, "--data_root", f"{kind} set")
+        assert status == 0 and first.format(note) in out, err
+    path.write_text(path.read_text().replace("../raw/photo 3.jpg", "before.jpg"))
+    status, out, err = cli("--convert", "labelme", "--data_root", "another set")
+    note = "images have another name in their JSON files: taken by the names of these"
+    assert f"1 {note} (the first: before.jpg of labelme/photo 3.json)" in out, err
+
+
 def test_exports_that_are_refused(tmp_path, cli):
     (tmp_path / "empty").mkdir()
     for name, message in (("empty", "looked for a COCO JSON"), ("nowhere", "nowhere is not there")):
