@@ -79,7 +79,7 @@ def recognize(path: str) -> tuple[str, list[str]] | None:
     if files := [file for file in find(path, "_classes.csv", "*/_classes.csv") if is_value_table(file)]:
         return ROBOFLOW, files
     yaml = find(path, "data.yaml", "*.yaml", "*.yml")
-    if files := [file for file in yaml if all(mentions(file, b"names"))]:
+    if files := [file for file in yaml if names_classes(file)]:
         return YOLO, files[:1]
     keys = (b'"images"', b'"annotations"', b'"categories"')
     roboflow = ["_annotations.coco.json", "*/_annotations.coco.json"]
@@ -117,6 +117,12 @@ def mentions(path: str, *words: bytes) -> list[bool]:
             return [False] * len(words)
         with mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             return [data.find(word) >= 0 for word in words]
+
+
+def names_classes(path: str) -> bool:
+    """Whether a YAML file is YOLO's: other programs have class_names, or names below something else."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return re.search(r"""^["']?names["']?\s*:""", file.read(), re.MULTILINE) is not None
 
 
 def is_value_table(path: str) -> bool:

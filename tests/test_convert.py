@@ -467,6 +467,15 @@ def test_an_export_of_yolo_beside_another(tmp_path, capsys):
     assert {Path(path).parents[2].name for path in masks_of(tmp_path / "as it says")} == {"both"}
 
 
+def test_a_yaml_file_of_another_kind(tmp_path, cli):
+    """`names:` begins a line of YOLO's alone."""
+    expected = make_labelme(tmp_path / "export")
+    write(tmp_path / "export/config.yaml", "model: deeplab\nclass_names: [cat]\ninfo:\n  names: [x]\n")
+    status, out, err = cli("--convert", "export", "--data_root", "set")
+    assert status == 0 and "export: labelme, 5 images" in out, err
+    assert len(masks_of(tmp_path / "set")) == len(expected)
+
+
 def test_one_folder_for_train_and_val(tmp_path, cli):
     """As in data.yaml of small examples; without `val` a hash splits."""
     pytest.importorskip("yaml")
