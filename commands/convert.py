@@ -193,6 +193,8 @@ def choose(export: Export, wanted: Sequence[str] | None, others: str) -> Target:
             raise UserError(f"classes.txt would have {name!r} for both {alike}: rename one of them")
         if name.lower() in map(str.lower, names[:i]):
             export.notes.add("classes differ from others in upper and lower case alone", name)
+    renamed = [f"{old!r}, now {new!r}" for old, new in zip(export.classes, names, strict=True) if old != new]
+    export.notes.add("classes are renamed, as classes.txt cannot hold their names", *example(renamed))
     palette = export.palette or [voc_palette()[i % 256] for i in range(len(names))]
     target = Target(names, palette, list(range(len(names))))
     if wanted:

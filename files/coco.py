@@ -16,6 +16,7 @@ from files.exports import (
     find_image,
     known_size,
     load_json,
+    note_twins,
     split_in,
     usable,
 )
@@ -142,6 +143,7 @@ def coco_categories(path: str, data: dict, classes: list[str], notes: Notes) -> 
         if name not in classes:
             classes.append(name)
         numbers[item["id"]] = classes.index(name)
+    note_twins([classes[number] for number in numbers.values() if number], notes)
     return numbers
 
 

@@ -80,7 +80,7 @@ def recognize(path: str) -> tuple[str, list[str]] | None:
         return ROBOFLOW, files
     yaml = find(path, "data.yaml", "*.yaml", "*.yml")
     if files := [file for file in yaml if names_classes(file)]:
-        return YOLO, files[:1]
+        return YOLO, files
     keys = (b'"images"', b'"annotations"', b'"categories"')
     roboflow = ["_annotations.coco.json", "*/_annotations.coco.json"]
     for patterns in (["annotations/instances_*.json"], roboflow, ["annotations/*.json"], ["*.json"]):
@@ -202,6 +202,12 @@ def example(names: Iterable[str]) -> tuple[str, int]:
     return (names[0] if names else ""), len(names)
 
 
+def note_twins(names: list[str], notes: Notes) -> None:
+    """Two classes of an export that have the same name become one."""
+    reason = "classes have the name of another: one class of both"
+    notes.add(reason, *example({name for name in names if names.count(name) > 1}))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # masks: VOC's layout, Roboflow
 
@@ -239,11 +245,10 @@ def read_voc(export: str, files: list[str], images: str | None) -> Export:
     for name, split in splits.items():
         if name not in photos:
             notes.add(f"images are not in {folder}: left out", name)
-        elif name not in masks:
-            notes.add("images have no mask in SegmentationClass: left out", name)
-        else:
+        elif name in masks:
             content = MaskFile(os.path.join(export, "SegmentationClass", masks[name]), labels)
             samples.append(Sample(os.path.join(folder, photos[name]), split, None, content))
+    notes.add("images have no mask in SegmentationClass: left out", *example(photos.keys() - masks.keys()))
     if classes is VOC_CLASSES:
         hint = "taken for VOC's 21; labelmap.txt names others"
         notes.add(f"masks without a file that names their classes: {hint}", *example(masks))
@@ -329,6 +334,7 @@ def read_roboflow(export: str, files: list[str], images: str | None) -> Export:
     for path, table in tables.items():
         folder = os.path.dirname(path)
         values = {value: names.index(name) for value, name in table.items()}
+        note_twins(list(table.values()), notes)
         labels = Labels(names, voc_palette(256), values, source=path)
         found = images_below(folder)
         for name, file in found.items():

@@ -22,6 +22,7 @@ from files.exports import (
     find_image,
     known_size,
     load_json,
+    note_twins,
     usable,
 )
 from files.images import image_endings
@@ -157,10 +158,13 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
         raise UserError(f"{path} has `kpt_shape`: its labels are keypoints, and not polygons")
     root = os.path.dirname(path) or "."
     given = os.path.join(root, str(data.get("path") or ""))
-    root = given if os.path.isdir(given) else root  # a path of another machine
+    notes, samples, is_there = Notes(), [], os.path.isdir(given)  # or it is a path of another machine
+    root = given if is_there else root
+    notes.add("paths of data.yaml are not there: its own folder taken", str(data.get("path")), not is_there)
+    notes.add("other YAML files name classes, too: left out", *example(files[1:]))
     classes = [BACKGROUND, *dict.fromkeys(str(name) for name in names.values() if name != BACKGROUND)]
     numbers = {str(key): classes.index(str(name)) for key, name in names.items()}
-    notes, samples = Notes(), []
+    note_twins([classes[number] for number in numbers.values()], notes)
     for key in ("train", "val", "valid", "test"):
         entries = data.get(key) or []
         for entry in entries if isinstance(entries, list) else [entries]:

@@ -718,6 +718,35 @@ def test_images_that_are_elsewhere_are_noted(tmp_path, cli):
     assert f"1 {note} (the first: before.jpg of labelme/photo 3.json)" in out, err
 
 
+def test_what_is_left_out_or_guessed_is_noted(tmp_path, cli):
+    make_labelme2voc(tmp_path / "voc")
+    photo(tmp_path / "voc/JPEGImages/new.jpg")
+    make_yolo(tmp_path / "yolo")
+    write(tmp_path / "yolo/other.yaml", "names: [x]")
+    for kind, notes in {
+        "voc": ["1 images have no mask in SegmentationClass: left out (the first: new)"],
+        "yolo": [
+            "1 other YAML files name classes, too: left out (the first: yolo/other.yaml)",
+            "1 paths of data.yaml are not there: its own folder taken (the first: ../datasets/x)",
+        ],
+    }.items():
+        status, out, err = cli("--convert", kind, "--data_root", f"{kind} set")
+        assert status == 0 and all(note in out for note in notes), err + out
+
+
+def test_two_classes_of_one_name_are_noted(tmp_path, cli):
+    make_label_studio_coco(tmp_path / "coco")
+    make_yolo(tmp_path / "yolo")
+    make_roboflow_masks(tmp_path / "masks")
+    tables = [f"masks/{part}/_classes.csv" for part in ("train", "valid")]
+    for path in (tmp_path / name for name in ("coco/result.json", "yolo/data.yaml", *tables)):
+        path.write_text(path.read_text().replace("dog", "cat"))
+    for kind, count in (("coco", 1), ("yolo", 1), ("masks", 2)):
+        status, out, err = cli("--convert", kind, "--data_root", f"{kind} set")
+        note = f"{count} classes have the name of another: one class of both (the first: cat)"
+        assert status == 0 and note in out, err + out
+
+
 def test_exports_that_are_refused(tmp_path, cli):
     (tmp_path / "empty").mkdir()
     for name, message in (("empty", "looked for a COCO JSON"), ("nowhere", "nowhere is not there")):
@@ -906,12 +935,14 @@ def test_an_image_in_two_lists_is_noted(tmp_path, capsys):
     assert found in capsys.readouterr().out
 
 
-def test_names_that_classes_txt_could_not_hold(tmp_path):
+def test_names_that_classes_txt_could_not_hold(tmp_path, capsys):
     for number, name in enumerate(("2 wheeler", "a=b", "ignore", "Ignore", "lane: 2", "# x", "ok 3")):
         photo(tmp_path / f"e/{number}.jpg")
         shape = {"label": name, "points": [[1, 1], [30, 30]], "shape_type": "rectangle"}
         write(tmp_path / f"e/{number}.json", json.dumps({"shapes": [shape], "imagePath": f"{number}.jpg"}))
     convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    note = "6 classes are renamed, as classes.txt cannot hold their names (the first: '# x', now 'class # x')"
+    assert note in capsys.readouterr().out
     names = ListSegmentation(str(tmp_path / "set"), "train").classes
     assert names == [
         "background",
