@@ -13,6 +13,8 @@ from files.exports import (
     Export,
     Notes,
     Sample,
+    example,
+    find,
     find_image,
     known_size,
     load_json,
@@ -78,8 +80,8 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
             if item.segmentation:
                 found.append((numbers[item.category_id], item.crowd, item.segmentation))
             else:
-                example = entries[item.image_id].file_name
-                notes.add("annotations without a polygon or RLE, as boxes are: left out", example)
+                reason = "annotations without a polygon or RLE, as boxes are: left out"
+                notes.add(reason, entries[item.image_id].file_name)
         stem = os.path.basename(path).removesuffix(".json").removeprefix("instances_")
         split = split_in(stem) or split_in(os.path.basename(os.path.dirname(os.path.abspath(path))))
         where = image_folders(path, stem, images)
@@ -101,6 +103,9 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
         if lacking := [path for path in files if number not in listed[path]]:
             reason = "classes are missing from the categories of a file: background in its images"
             notes.add(reason, f"{name}, which {lacking[0]} does not list")
+    if export not in files:  # it is a folder
+        others = set(find(os.path.dirname(files[0]), "*.json")) - set(files)
+        notes.add("other JSON files are beside these: left out", *example(others))
     return Export(classes, samples, draw_coco, notes)
 
 

@@ -686,6 +686,7 @@ def test_what_becomes_background_is_noted(tmp_path, cli):
     status, out, err = cli("--convert", "export", "--data_root", "set")
     assert status == 0, err
     for line in (
+        "1 other JSON files are beside these: left out (the first: export/annotations/captions_train2017",
         "1 images have no annotation: background alone (the first: img 11.jpg)",
         "1 annotations without a polygon or RLE, as boxes are: left out (the first: img 13.jpg)",
         "1 classes are missing from the categories of a file: background in its images (the first: cat, "
