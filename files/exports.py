@@ -318,7 +318,9 @@ def voc_splits(export: str, notes: Notes) -> dict[str, str | None]:
 
 def read_roboflow(export: str, files: list[str], images: str | None) -> Export:
     """Roboflow's "Semantic Segmentation Masks": x.jpg, x_mask.png and _classes.csv in each split's folder.
-    Raises UserError if a table is malformed."""
+    Raises UserError if a table is malformed, or `images` is given: they are in the export."""
+    if images:
+        raise UserError(f"{export} has its images beside the masks: leave out --images {images}")
     tables: dict[str, dict[int, str]] = {}
     for path in files:
         rows = read_csv(path)[1:]

@@ -138,7 +138,7 @@ def stencil(mask: str) -> Image.Image:
 
 def read_yolo(export: str, files: list[str], images: str | None) -> Export:
     """Ultralytics' data.yaml with images/ and labels/, a polygon a line. Raises UserError if it names no
-    classes, no images are where it says, or it is of keypoints."""
+    classes, it is of keypoints, or `images` is given: the file names them."""
     try:
         import yaml
     except ImportError as error:
@@ -156,6 +156,8 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
         raise UserError(f"{path} has no `names` of classes: it is no data set of YOLO's")
     if "kpt_shape" in data:
         raise UserError(f"{path} has `kpt_shape`: its labels are keypoints, and not polygons")
+    if images:
+        raise UserError(f"{path} names the folders of the images: leave out --images {images}")
     root = os.path.dirname(path) or "."
     given = os.path.join(root, str(data.get("path") or ""))
     notes, samples, is_there = Notes(), [], os.path.isdir(given)  # or it is a path of another machine

@@ -735,6 +735,13 @@ def test_what_is_left_out_or_guessed_is_noted(tmp_path, cli):
         assert status == 0 and all(note in out for note in notes), err + out
 
 
+@pytest.mark.parametrize("kind", ["yolo", "roboflow_masks"])
+def test_images_of_an_export_that_names_them_itself(kind, tmp_path, cli):
+    make_export(kind, tmp_path / "export")
+    status, _, err = cli("--convert", "export", "--data_root", "set", "--images", "export/train")
+    assert status == 1 and one_line(err) and "leave out --images" in err and not (tmp_path / "set").exists()
+
+
 def test_two_classes_of_one_name_are_noted(tmp_path, cli):
     make_label_studio_coco(tmp_path / "coco")
     make_yolo(tmp_path / "yolo")
