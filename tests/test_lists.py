@@ -42,6 +42,8 @@ def test_folders_are_paired_by_name(tmp_path, suffix):
     root = make_folders(tmp_path, NAMES, suffix)
     (tmp_path / "images/.DS_Store").touch()
     (tmp_path / "images/Thumbs.db").touch()
+    (tmp_path / "images/.ipynb_checkpoints").mkdir()
+    shutil.copy(tmp_path / "images/img001.jpg", tmp_path / "images/.ipynb_checkpoints/img001-checkpoint.jpg")
     val, train = samples(root, "val"), samples(root, "train")
     assert len(val) + len(train) == 50 and not set(val) & set(train) and 4 <= len(val) <= 16
     assert all(mask == image.replace("images", "masks")[:-4] + f"{suffix}.png" for image, mask in val + train)
