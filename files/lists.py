@@ -175,8 +175,9 @@ def split_of(name: str) -> str | None:
 
 
 def images_below(folder: str) -> dict[str, str]:
-    """The image files in a folder and those in it that are not hidden, as Jupyter's copies are, by their
-    paths relative to it without the endings, in Unicode's form NFC. Raises UserError if two of them differ in their endings alone."""
+    """The image files in a folder and those in it that are not hidden, as Jupyter's are, by their paths
+    relative to it without the endings, in Unicode's form NFC. Raises UserError if two of them differ in their
+    endings alone."""
     found, left_out = {}, []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
