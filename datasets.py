@@ -23,7 +23,7 @@ from files.images import AS_STORED, Header, Reading, check_sizes, open_image, up
 from files.lists import Pairs, find_samples, holds_samples, read_list, unique_names
 from files.masks import VOC_CLASSES, Labels, describe_pixels, read_classes
 from files.pictures import Palette, save_image, save_mask, voc_palette
-from files.pixels import read_image, to_array
+from files.pixels import padded_side, read_image, to_array
 from files.shapes import draw_shapes
 from files.whole import read_lines
 from utils import IGNORE_INDEX, UserError, end_if_stopped, ignore_stop_signals
@@ -43,7 +43,8 @@ class SegmentationDataset(Dataset):
         labels: the classes, and what the pixels of the masks mean.
         crop_size: give random crops of this height and width, to train on, instead of whole samples.
         seed: of the random crops.
-        eval_size: (height, width) to which whole samples that fit into it are padded.
+        eval_size: (height, width) to which whole samples that fit into it are padded, as the published code
+            pads; others are padded as `DeepLabv3.segment` pads them.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SegmentationDataset(Dataset):
         self.seed, self.eval_size = seed, eval_size
         self.reading = AS_STORED  # how the images become RGB
         self.color_jitter = 0.0  # of the random crops, see `jitter_colors`
+        self.stride = 16  # `DeepLabv3.padded_stride` of the model that whole samples are for
         self.sizes = np.zeros((0, 2), np.int32)  # height and width of each image, see `check.drop_bad`
         self.headers: list[Header] = []  # of the images, likewise
 
@@ -113,13 +115,13 @@ class SegmentationDataset(Dataset):
         return self.labels
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size to which `collate` pads a sample: the crop's, `eval_size`, or the next multiples of 32,
-        plus 1."""
+        """The size to which `collate` pads a sample: the crop's, `eval_size`, or the next multiples of the
+        stride, plus 1."""
         if self.crop_size:
             return self.crop_size, self.crop_size
-        if height <= self.eval_size[0] and width <= self.eval_size[1]:
+        if height <= self.eval_size[0] and width <= self.eval_size[1] and self.stride > 1:
             return self.eval_size
-        return (height + 30) // 32 * 32 + 1, (width + 30) // 32 * 32 + 1
+        return tuple(padded_side(side, self.stride) for side in (height, width))
 
     @cached_property
     def names(self) -> list[str]:
@@ -378,10 +380,10 @@ class TrainBatches(Sampler):
         world: int = 1,
         start: int = 0,
     ):
-        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
-        self.rank, self.world = rank, world
-        self.per_epoch = length // batch_size
-        if length % batch_size >= min_last:
+        self.length, self.batch_size = length, min(batch_size, length)
+        self.seed, self.start, self.rank, self.world = seed, start, rank, world
+        self.per_epoch = length // self.batch_size
+        if length % self.batch_size >= min_last:
             self.per_epoch += 1
         self.max_iter = epochs * self.per_epoch
 

@@ -8,7 +8,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
 from files import checkpoints
 from files.images import AS_STORED
-from files.pixels import as_rgb, enlarge, shrink, to_array
+from files.pixels import as_rgb, enlarge, padded_side, shrink, to_array
 from files.tiles import Result, blend
 from utils import UserError
 
@@ -278,6 +278,18 @@ class Head(nn.Module):
         return self.conv3(x)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is in eval mode; then each of its modules is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def init_convs(module: nn.Module, but: nn.Module | None = None) -> None:
     """Draw the weights of all convs but one as torchvision's ResNet does: normal, std sqrt(2 / (k*k*out))."""
     for conv in module.modules():
@@ -387,7 +399,7 @@ class DeepLabv3(nn.Module):
                 if isinstance(conv, nn.Conv2d) and conv is not classifier:
                     conv.__class__ = WSConv2d
         self.align_corners = head != "torchvision"
-        self.memory_format = torch.contiguous_format
+        self.channels_last = False  # the order of its weights and inputs in memory, see `place`
         self.register_buffer("pixel_mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
 
@@ -397,9 +409,12 @@ class DeepLabv3(nn.Module):
         # predictions of a GN+WS network, 97 to 99 % of the pixels agree instead of 99.96 %. And MPS gives
         # BatchNorm wrong gradients in it (pytorch issue 175189).
         kind = torch.device(device).type
-        fast = kind == "cuda" or (kind == "cpu" and not self.config["num_groups"])
-        self.memory_format = torch.channels_last if fast else torch.contiguous_format
+        self.channels_last = kind == "cuda" or (kind == "cpu" and not self.config["num_groups"])
         return self.to(device, memory_format=self.memory_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:  # which torch.save cannot write
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) to float32 network input; `sizes` (N, 2) are the heights and widths of the
@@ -435,19 +450,26 @@ class DeepLabv3(nn.Module):
                 return self(x)
             stride, total = self.config["output_stride"], 0
             for scale in scales:
-                size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
+                if self.align_corners:
+                    size = [round((side - 1) * scale / stride) * stride + 1 for side in x.shape[2:]]
+                else:
+                    size = [max(1, round(side * scale)) for side in x.shape[2:]]
                 scaled = x if scale == 1 else self.resize(x, size)
                 total = total + self(scaled, x.shape[2:]).softmax(1)
                 if flip:
                     total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
         return total / (len(scales) * (2 if flip else 1))
 
+    @property
+    def padded_stride(self) -> int:
+        """Images are padded to multiples of this, plus 1; torchvision's head wants no padding."""
+        return self.config["output_stride"] if self.align_corners else 1
+
     def segment(self, images: Tensor, inference: Inference = ONE_PASS, softmax: bool = False) -> Tensor:
         """The `scores` of uint8 images (N, 3, H, W): they are normalised, padded to the output stride, and
-        what was padded is cut off again. torchvision's head wants no padding."""
-        stride = self.config["output_stride"] if self.align_corners else 1
+        what was padded is cut off again."""
         # In these operations, and the cut not a slice, so that torch.export takes any size.
-        below, right = ((side + stride - 2) // stride * stride + 1 - side for side in images.shape[2:])
+        below, right = (padded_side(side, self.padded_stride) - side for side in images.shape[2:])
         x = F.pad((images - self.pixel_mean) / self.pixel_std, [0, right, 0, below])
         scores = self.scores(x.contiguous(memory_format=self.memory_format), inference, softmax)
         return F.pad(scores, [0, -right, 0, -below])
@@ -487,32 +509,32 @@ class DeepLabv3(nn.Module):
 
         Raises:
             UserError: if a file cannot be read, or not as the model's images were (see `Reading`).
-            ValueError: if `tile` is no size, or `overlap` not in 0..1/2.
+            ValueError: if `max_side` or `tile` is no size, `overlap` not in 0..1/2, a scale not in 0.1..4.
             TypeError: for anything else, such as a tensor or an array of floats.
         """
-        if (tile is not None and tile < 1) or not 0 <= overlap <= 0.5:
-            raise ValueError(f"tile takes a side in pixels and overlap 0 to 0.5, not {tile} and {overlap}")
+        if max_side < 1 or (tile is not None and tile < 1) or not 0 <= overlap <= 0.5:
+            given = f"max_side {max_side}, tile {tile}, overlap {overlap}"
+            raise ValueError(f"max_side and tile are sides in pixels, and overlap is 0 to 0.5: not {given}")
+        if not scales or not all(0.1 <= scale <= 4 for scale in scales):
+            raise ValueError(f"scales are between 0.1 and 4, not {scales}")
         if isinstance(image, list | tuple):
             options = (scales, flip, max_side, probabilities, tile, overlap)
             return [self.predict(one, *options) for one in image]
         image = as_rgb(image, self.reading)
         inference, size = Inference(scales, flip, tile=tile, overlap=overlap), image.size
-        training = self.training
-        self.eval()
-        if inference.takes_tiles(size):
-            classes = [self.config["num_classes"]] if probabilities else []
-            out = np.empty((*classes, *size[::-1]), np.float32 if probabilities else np.uint8)
-            finish = Tensor.cpu if probabilities else lambda scores: scores.argmax(0).byte().cpu()
-            for rows, columns, piece in self.segment_tiles(image, inference, finish):
-                out[..., rows, columns] = piece
-            self.train(training)
-            return out
-        pixels = torch.from_numpy(to_array(image if tile else shrink(image, max_side))).permute(2, 0, 1)[None]
-        scores = self.segment(pixels.to(self.pixel_mean.device), inference, softmax=probabilities)
-        self.train(training)
-        if probabilities:
-            return self.resize(scores.float(), size[::-1])[0].cpu().numpy()
-        return enlarge(scores[0].argmax(0).byte().cpu().numpy(), size)
+        with evaluating(self):
+            if inference.takes_tiles(size):
+                classes = [self.config["num_classes"]] if probabilities else []
+                out = np.empty((*classes, *size[::-1]), np.float32 if probabilities else np.uint8)
+                finish = Tensor.float if probabilities else lambda scores: scores.argmax(0).byte()
+                for rows, columns, piece in self.segment_tiles(image, inference, finish):
+                    out[..., rows, columns] = piece.cpu()
+                return out
+            pixels = torch.from_numpy(to_array(image if tile else shrink(image, max_side))).permute(2, 0, 1)
+            scores = self.segment(pixels[None].to(self.pixel_mean.device), inference, softmax=probabilities)
+            if probabilities:
+                return self.resize(scores.float(), size[::-1])[0].cpu().numpy()
+            return enlarge(scores[0].argmax(0).byte().cpu().numpy(), size)
 
     def train(self, mode: bool = True) -> "DeepLabv3":
         super().train(mode)

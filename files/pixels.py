@@ -51,7 +51,8 @@ def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike, reading: Reading
     """What Python users have as `read_image`: a PIL image, the path of a file, or a uint8 array (H, W, 3) of
     RGB or (H, W) of grey. Warns of what `is_dark`. Raises TypeError for anything else; UserError as
     `read_image` and `to_rgb`."""
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
+    is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    if is_bytes and (image.ndim == 2 or image.shape[2:] == (3,)):
         return Image.fromarray(image).convert("RGB")  # of the bands that the model takes
     if isinstance(image, str | os.PathLike | Image.Image):
         if isinstance(image, Image.Image):
@@ -186,6 +187,11 @@ def to_array(image: Image.Image) -> np.ndarray:
     for y, strip in strips(image):
         pixels[y : y + strip.height] = np.asarray(strip)
     return pixels
+
+
+def padded_side(side: int, stride: int) -> int:
+    """The side of an image, padded to a multiple of the output stride, plus 1."""
+    return (side + stride - 2) // stride * stride + 1
 
 
 def shrink(image: Image.Image, max_side: int) -> Image.Image:

@@ -6,13 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import make_list_dataset, one_line, spoil, weights_of
+from conftest import SMALL, make_list_dataset, one_line, spoil, weights_of
 from PIL import Image
 from torch import nn
 from torchvision.models import segmentation
 
 import deeplab
 from commands import flags as flags_module
+from commands.check import drop_bad
+from commands.evaluate import evaluate
+from datasets import ListSegmentation
+from deeplab import Inference
 from files import checkpoints
 from files.masks import VOC_CLASSES
 
@@ -249,6 +253,17 @@ def test_fine_tuning_torchvision_weights(cli, tmp_path):
     assert status == 1 and one_line(err) and "--head (checkpoint: torchvision, here: v3plus)" in err
 
 
+@pytest.mark.parametrize("command", [["--train", "--exp", "x", *SMALL, *PLAIN], []])
+def test_classes_of_voc_in_another_order(cli, tmp_path, command):
+    """A published file names none, but its 21 are VOC's: persons must not count as bottles."""
+    state = deeplab.build("tiny", False, aspp_rates=[2], image_pooling=False).state_dict()
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "voc.pth")
+    root = make_list_dataset(tmp_path / "set", classes=[VOC_CLASSES[0], *VOC_CLASSES[:0:-1]])
+    flags = ["--dataset", "custom", "--data_root", root, "--aspp_rates", 2, "--no_image_pooling"]
+    status, _, err = cli(*command, *flags, "--init" if command else "--checkpoint", "voc.pth")
+    assert status == 1 and one_line(err) and "with the classes in another order" in err
+
+
 def test_predict_in_python(tmp_path, monkeypatch):
     """From another folder, in training mode, which stays."""
     spoil("none", tmp_path / "x.pth")
@@ -266,9 +281,60 @@ def test_predict_in_python(tmp_path, monkeypatch):
     assert np.allclose(scores.sum(0), 1, atol=1e-5) and (scores.argmax(0) == labels).mean() > 0.99
     small = model.predict(image, probabilities=True, max_side=20)
     assert small.shape == (3, 30, 40) and np.allclose(small.sum(0), 1, atol=1e-5)
-    for wrong in (torch.zeros(3, 9, 9), np.zeros((9, 9, 3)), np.zeros((3, 9, 9, 3), np.uint8), None):
+    arrays = np.zeros((9, 9, 3)), np.zeros((3, 9, 9, 3), np.uint8), np.zeros(9, np.uint8)
+    for wrong in (torch.zeros(3, 9, 9), *arrays, None):
         with pytest.raises(TypeError, match="predict takes a PIL image, a path, or a uint8 array"):
             model.predict(wrong)
+    for options in ({"max_side": 0}, {"tile": 0}, {"overlap": 0.6}, {"scales": ()}, {"scales": [0]}):
+        with pytest.raises(ValueError, match="sides in pixels|between 0.1 and 4"):
+            model.predict(image, **options)
+
+
+def test_prediction_leaves_the_modes_as_they_were(tmp_path, monkeypatch):
+    """A part that its user has set to eval stays so; also if the prediction fails."""
+    model = deeplab.build("tiny", False, 3)
+    model.train()
+    model.trunk.eval()
+    image = Image.new("RGB", (40, 30))
+    modes = [module.training for module in model.modules()]
+    for options in ({}, {"tile": 20}):
+        model.predict(image, **options)
+        assert modes == [module.training for module in model.modules()]
+    hook = model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    for options in ({}, {"tile": 20}):
+        with pytest.raises(ZeroDivisionError):
+            model.predict(image, **options)
+        assert modes == [module.training for module in model.modules()]
+    hook.remove()
+    torch.save(model.place("cpu"), tmp_path / "whole.pth")  # as people do; its memory format is no obstacle
+    assert torch.load(tmp_path / "whole.pth", weights_only=False).memory_format == torch.channels_last
+
+
+@pytest.mark.parametrize("head", ["v3", "v3plus", "torchvision"])
+@pytest.mark.parametrize("stride", [8, 16])
+def test_evaluation_predicts_what_predict_gives(tmp_path, head, stride):
+    """Images are padded alike: what is beside an image reaches its pixels through ASPP."""
+    root = make_list_dataset(tmp_path / "set", size=(67, 49))
+    torch.manual_seed(0)
+    model = deeplab.build("tiny", False, 3, head=head, output_stride=stride, aspp_rates=[2])
+    model.place("cpu").eval()
+    dataset = ListSegmentation(str(root), "val")
+    assert drop_bad(dataset) == []
+    dataset.stride = model.padded_stride
+    evaluate(model, dataset, torch.device("cpu"), Inference(), folder=str(tmp_path / "out"))
+    for (image, _), name in zip(dataset.pairs, dataset.names, strict=True):
+        found = np.array(Image.open(tmp_path / f"out/{name}.png"))
+        assert np.array_equal(found, model.predict(image)), name
+
+
+def test_scales_of_a_head_without_aligned_corners():
+    """An edge stays where it is: torchvision's corners are those of pixels, not their centres."""
+    model = deeplab.build("tiny", False, 3, head="torchvision", output_stride=16).eval()
+    sizes = []
+    model.trunk.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[2:])))
+    with torch.inference_mode():
+        model.scores(torch.zeros(1, 3, 64, 480), Inference(scales=(0.5, 1.0, 1.25)))
+    assert sizes == [(32, 240), (64, 480), (80, 600)]
 
 
 def test_checkpoint_of_before_heads(tmp_path):
