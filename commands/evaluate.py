@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from glob import escape, glob
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from utils import (
     progress,
 )
 
+RESULTS = ("samples.png", "report.html", "per_image.csv", "metrics.json")
 COUNTED = 1 << 22  # pixels that are counted at once, in integers of 64 bits
 
 
@@ -223,22 +224,27 @@ def evaluate(
         loaded = load_batches(dataset, batches, workers, device)
         for indices, (images, masks, sizes) in zip(batches, loaded, strict=True):
             end_if_stopped()  # `progress` asks only once the first batches are counted
-            yield indices, images, masks, sizes, predict_labels(model, images, sizes, inference)
+            labels = predict_labels(model, images, sizes, inference)
+            if folder and indices is batches[0]:
+                set_aside(folder)
+            yield indices, images, masks, sizes, labels
 
     own = locked_folder(folder) if folder and not RANK else nullcontext()
-    try:
-        with own, ThreadPoolExecutor() as pool:
-            counted = ahead(pool, details.add_batch, predicted(), 2)
-            for counts in progress(counted, "evaluating", len(batches), "batch"):
-                confusion += counts
-    except BaseException:
-        if details.written and os.path.exists(f"{folder}/metrics.json"):
-            print(f"{len(details.written)} predictions in {folder} are newer than its report: evaluate again")
-        raise
+    with own, ThreadPoolExecutor() as pool:
+        counted = ahead(pool, details.add_batch, predicted(), 2)
+        for counts in progress(counted, "evaluating", len(batches), "batch"):
+            confusion += counts
     if WORLD > 1:
         dist.all_reduce(confusion)
         details.gather()
     return {**metrics(confusion), "confusion": confusion.tolist()}, details
+
+
+def set_aside(folder: str) -> None:
+    """Rename what an earlier evaluation tells of predictions that are about to be replaced."""
+    for name in RESULTS:
+        with suppress(FileNotFoundError):
+            os.replace(f"{folder}/{name}", f"{folder}/{name}.old")
 
 
 def predict_labels(model: DeepLabv3, images: Tensor, sizes: Tensor, inference: Inference) -> Tensor:
@@ -264,13 +270,14 @@ def results_folder(checkpoint: str, split: str, root: str) -> str:
     if path.startswith(os.pardir):
         path = os.path.basename(checkpoint)
     folder = os.path.join("data", split, os.path.splitext(path)[0])
-    if os.path.exists(f"{folder}/metrics.json"):
+    paths = [f"{folder}/metrics.json", f"{folder}/metrics.json.old"]  # the second of one that was cut
+    if path := next(filter(os.path.exists, paths), None):
         try:
-            with open(f"{folder}/metrics.json", encoding="utf-8") as file:
+            with open(path, encoding="utf-8") as file:
                 about = json.load(file)
             other, other_root = str(about["checkpoint"]), str(about["flags"]["data_root"])
         except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{folder}/metrics.json is of no evaluation: move that folder") from error
+            raise UserError(f"{path} is of no evaluation: move that folder") from error
         if os.path.realpath(other) != os.path.realpath(checkpoint):
             raise UserError(f"{folder} has the results of {other}: move or rename one of the two")
         if os.path.realpath(other_root) != os.path.realpath(root):
@@ -281,8 +288,8 @@ def results_folder(checkpoint: str, split: str, root: str) -> str:
 def write_results(
     folder: str, dataset: SegmentationDataset, result: dict, details: Details, about: dict
 ) -> None:
-    """Write samples.png, per_image.csv, report.html and metrics.json. `about` is what else the last two tell.
-    Raises UserError if a file cannot be written."""
+    """Write samples.png, per_image.csv, report.html and metrics.json in place of what was `set_aside`. The
+    last two tell `about`, too. Raises UserError if a file cannot be written."""
     save_image(f"{folder}/samples.png", details.sample_sheet())
     images = [details.results[index] for index in sorted(details.results)]
     rows = ([f"{v:.6f}" if isinstance(v, float) else v for v in row] for row in images)
@@ -294,17 +301,19 @@ def write_results(
         for name in ("iou", "precision", "recall", "f1")
     }
     save_json(f"{folder}/metrics.json", {**result, **by_class, **about})
+    for name in RESULTS:
+        with suppress(FileNotFoundError):
+            os.remove(f"{folder}/{name}.old")
 
 
 def print_left_over(folder: str, details: Details) -> None:
     """Print how many files an earlier evaluation, of other images or with masks, has left beside those of
     this one."""
-    pages = [f"{folder}/{name}" for name in ("samples.png", "report.html", "per_image.csv")]
     folders = {folder, *map(os.path.dirname, details.written)}
     found = [path for place in folders for path in glob(f"{escape(place)}/*.png")]
-    found += filter(os.path.exists, pages)
-    own = [*details.written, *(pages if details.dataset.has_masks else [])]
-    if old := sorted(set(map(os.path.normpath, found)) - set(map(os.path.normpath, own))):
+    if not details.dataset.has_masks:  # then nothing takes the place of these
+        found += filter(os.path.exists, (f"{folder}/{name}.old" for name in RESULTS))
+    if old := sorted(set(map(os.path.normpath, found)) - set(map(os.path.normpath, details.written))):
         print(
             f"{len(old)} files in {folder} are of an earlier evaluation, {old[0]} is one: move or delete them"
         )

@@ -505,7 +505,7 @@ def test_evaluation_of_2000_images_in_bounded_memory(many):
     assert used[1] - used[0] < 50, used
 
 
-def test_evaluation_that_is_cut_says_that_two_are_mixed(cli, trained, monkeypatch):
+def test_evaluation_that_is_cut_leaves_no_report_of_another(cli, trained, monkeypatch):
     checkpoint, root = trained
     flags = ["--checkpoint", checkpoint, "--dataset", "custom", "--data_root", root, "--workers", 0]
     flags += ["--eval_batch_size", 1]
@@ -518,11 +518,18 @@ def test_evaluation_that_is_cut_says_that_two_are_mixed(cli, trained, monkeypatc
         return real(*args)
 
     monkeypatch.setattr(commands.evaluate, "predict_labels", failing)
-    status, out, err = cli(*flags)
-    assert status == 1 and one_line(err) and "newer than its report" not in out
+    assert cli(*flags)[0] == 1
     assert cli(*flags)[0] == 0 and len(calls) == 4
-    status, out, err = cli(*flags)
-    assert status == 1 and one_line(err) and "1 predictions in data/val/" in out and "newer than" in out
+    folder = next(Path("data/val").iterdir())
+    before = {name: (folder / name).read_bytes() for name in commands.evaluate.RESULTS}
+    assert cli(*flags)[0] == 1  # one prediction is replaced
+    assert before == {name: (folder / f"{name}.old").read_bytes() for name in before}
+    assert not any((folder / name).exists() for name in before)
+    shutil.copytree(root, "other")
+    status, _, err = cli(*flags[:-2], "--eval_batch_size", 1, "--data_root", "other")
+    assert status == 1 and one_line(err) and "has the results on" in err
+    status, out, _ = cli(*flags)
+    assert status == 0 and "earlier evaluation" not in out and not list(folder.glob("*.old"))
 
 
 def test_files_of_an_earlier_evaluation_are_told(cli, trained):
@@ -543,4 +550,4 @@ def test_files_of_an_earlier_evaluation_are_told(cli, trained):
     assert cli(*flags, "--split", "test")[0] == 0
     (root / "list/test.txt").write_text("\n".join(line.split()[0] for line in lines[1:]))
     status, out, _ = cli(*flags, "--split", "test")
-    assert status == 0 and "4 files in" in out and "per_image.csv is one" in out
+    assert status == 0 and "5 files in" in out and "metrics.json.old is one" in out

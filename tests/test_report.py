@@ -154,7 +154,7 @@ def evaluation(tmp_path_factory):
     checkpoint = folder / "x_epoch2.pth"
     torch.save(model_entries(model), checkpoint)
     (folder / "x.csv").write_text(LOG)
-    flags = ["--checkpoint", checkpoint.name, "--dataset", "custom", "--data_root", "set"]
+    flags = ["--checkpoint", checkpoint.name, "--dataset", "custom", "--data_root", "set", "--overlap", "0"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(folder)
         main.main(parse_args([*flags, "--workers", "0", "--device", "cpu"]))
@@ -172,6 +172,7 @@ def test_page_of_an_evaluation(evaluation):
         assert columns[name] == list(result[key].values())
     assert sum(columns["share of pixels"]) == pytest.approx(1)
     assert data["figures"][0] == ["Mean IoU", f"{100 * result['mean_iou']:.2f}"]
+    assert ["--overlap", "0.0"] in data["about"] and "--flip" not in dict(data["about"])
     assert ["--dataset", "custom"] in data["about"] and data["curves"]["here"] == 4
 
     total, (_, *rows) = np.zeros((3, 3), int), csv.reader((folder / "per_image.csv").read_text().splitlines())
