@@ -116,7 +116,7 @@ def predict_files(
     Images of one size go through the network together, while other threads decode the next ones and write the
     last. Returns how many could not be predicted."""
     header, earlier = ["file", "mask", *model.classes], earlier_rows(out)
-    names = result_names(files, earlier)
+    names = result_names(files, earlier, out)
     reading, notes = model.reading, Counter()
     sizes, workers = read_sizes(files, reading), os.cpu_count() or 1  # each of them holds a whole photo
     batches, limit = batches_of_one_size(sizes, inference.images), inference.batch_size
@@ -162,7 +162,7 @@ def predict_files(
                     print(f"main.py: error: {result}", file=sys.stderr)
                 else:
                     shares = [f"{share:.6f}" for share in result]
-                    rows[index] = [files[index], f"{names[index]}_mask.png", *shares]
+                    rows[index] = [os.path.abspath(files[index]), f"{names[index]}_mask.png", *shares]
     finally:  # the masks of a prediction that was stopped have rows, too
         save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
     print_notes(notes, inference)
@@ -190,12 +190,17 @@ def earlier_rows(out: str) -> list[list[str]]:
     return [header, *(row for row in rows if len(row) > 1 and os.path.exists(f"{out}/{row[1]}"))]
 
 
-def result_names(files: Sequence[str], earlier: list[list[str]]) -> list[str]:
-    """What the names of each file's results begin with; a file that is predicted anew keeps its name."""
+def result_names(files: Sequence[str], earlier: list[list[str]], out: str) -> list[str]:
+    """What the names of each file's results begin with; a file that is predicted anew keeps its name. Raises
+    UserError if `out` has a mask of another origin in the place of one."""
+    files = [os.path.abspath(file) for file in files]
     names = {file: mask.removesuffix("_mask.png") for file, mask, *_ in earlier[1:]}
     new = [file for file in files if file not in names]
     taken = {name.lower() for name in names.values()}
     names |= dict(zip(new, unique_names(new, taken), strict=True))
+    for path in (f"{out}/{names[file]}_mask.png" for file in new):
+        if os.path.exists(path):
+            raise UserError(f"{path} is there, and not in predictions.csv: move it, or name another --out")
     return [names[file] for file in files]
 
 
@@ -257,7 +262,6 @@ def write_result(
     a smaller picture. Returns the share of each class. Raises UserError if a file cannot be written."""
     shrunk = photo.image.size != photo.size
     labels = enlarge(labels, photo.size) if shrunk else labels
-    save_mask(f"{path}_mask.png", labels, model.palette)
     # Row by row, for it counts in integers of 64 bits.
     counts = np.sum([np.bincount(row, minlength=len(model.classes)) for row in labels], 0)
     # A photo that was shrunk is decoded once more, so as not to hold many of them.
@@ -271,4 +275,5 @@ def write_result(
         save_image(f"{path}_confidence.png", grey.resize(photo.size, Image.Resampling.BILINEAR))
     elif os.path.exists(f"{path}_confidence.png"):
         os.remove(f"{path}_confidence.png")  # of an earlier mask
+    save_mask(f"{path}_mask.png", labels, model.palette)  # last: where it is, nothing is missing
     return counts / labels.size

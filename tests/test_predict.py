@@ -120,6 +120,13 @@ def test_formats_and_orientations(cli, trained, tmp_path):
             assert abs(pixels[15, 20] - 250).max() <= 6 and abs(pixels[[2, 30], 20] - 128).max() <= 6, name
 
 
+def rows_in(folder):
+    """The rows of predictions.csv, whose files are relative to the working folder here."""
+    _, *rows = csv.reader((folder / "predictions.csv").read_text().splitlines())
+    assert all(os.path.isabs(file) for file, *_ in rows)
+    return [[os.path.relpath(file), *others] for file, *others in rows]
+
+
 def masks_below(folder):
     """The masks that a prediction has written, by name, with their sizes."""
     found = folder.rglob("*_mask.png")
@@ -154,8 +161,8 @@ def test_many_images_of_one_name(cli, trained, tmp_path):
     assert (status, err) == (0, "") and "400 of 400 images" in out
     assert masks_below(tmp_path / "out") == sizes
     assert len(list((tmp_path / "out").rglob("*_overlay.jpg"))) == 400
-    rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-    assert [row[:2] for row in rows[1:]] == [[f"scenes/{name}.png", f"{name}_mask.png"] for name in sizes]
+    rows = [row[:2] for row in rows_in(tmp_path / "out")]
+    assert rows == [[f"scenes/{name}.png", f"{name}_mask.png"] for name in sizes]
 
 
 folders = st.lists(st.sampled_from(["a", "A", "b", "..", ".", ""]), max_size=4).map("/".join)
@@ -332,8 +339,7 @@ def test_patterns_and_a_list_on_standard_input(cli, trained, tmp_path, monkeypat
     def predicted(*paths):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         assert cli("--predict", *paths, *flags)[0] == 0
-        rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-        return [row[0] for row in rows[1:]]
+        return [row[0] for row in rows_in(tmp_path / "out")]
 
     assert predicted("in/*.png") == ["in/[d].png", "in/a.png"]
     assert predicted("in/**/*.png", "in/a.png") == ["in/[d].png", "in/a.png", "in/deep/c.png"]
@@ -372,9 +378,7 @@ def test_rows_of_earlier_predictions_stay_with_their_masks(cli, trained, tmp_pat
 
     def predicted(*names):
         assert cli("--predict", *names, *flags)[0] == 0
-        rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-        assert rows[0][:2] == ["file", "mask"]
-        return [row[:2] for row in rows[1:]]
+        return [row[:2] for row in rows_in(tmp_path / "out")]
 
     a, b, c = ([f"{name}.png", f"{name}_mask.png"] for name in "abc")
     assert predicted("a.png", "b.png") == [a, b] and predicted("c.png", "a.png") == [b, c, a]
@@ -390,11 +394,28 @@ def test_a_photo_predicted_anew_has_one_row_and_one_mask(cli, trained, tmp_path)
     flags = ["--checkpoint", trained[0], "--out", "out"]
     assert cli("--predict", "x", "y", *flags, "--confidence")[0] == 0
     assert cli("--predict", "x/a.png", *flags)[0] == 0
-    rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-    assert sorted(row[:2] for row in rows[1:]) == [["x/a.png", "x/a_mask.png"], ["y/a.png", "y/a_mask.png"]]
+    rows = sorted(row[:2] for row in rows_in(tmp_path / "out"))
+    assert rows == [["x/a.png", "x/a_mask.png"], ["y/a.png", "y/a_mask.png"]]
     assert sorted(masks_below(tmp_path / "out")) == ["x/a", "y/a"]
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*_confidence.png"))
     assert found == ["y/a_confidence.png"]
+
+
+def test_masks_of_others_are_not_replaced(cli, trained, tmp_path):
+    """Drawn by hand, or of a photo of that name in another working folder, or of other classes."""
+    flags = ["--checkpoint", trained[0], "--out", tmp_path / "out"]
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}/a.png")
+        os.chdir(tmp_path / name)
+        assert cli("--predict", "a.png", *flags)[0] == 0
+        assert cli("--predict", tmp_path / name / "a.png", *flags)[0] == 0  # the same photo
+    assert sorted(masks_below(tmp_path / "out")) == ["a", "y/a"]
+    (tmp_path / "out/predictions.csv").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    status, _, err = cli("--predict", "a.png", *flags)
+    assert status == 1 and one_line(err) and "a_mask.png is there, and not in predictions.csv" in err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path, monkeypatch):
@@ -465,8 +486,8 @@ def test_images_of_one_size_go_together(cli, trained, tmp_path, monkeypatch):
     status, _, err = cli("--predict", "in", *flags)
     assert status == 1 and one_line(err)
     assert shapes == [(3, 3, 30, 40), (1, 3, 30, 40), (2, 3, 40, 30)]
-    header, *rows = csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines())
-    assert header == ["file", "mask", "a", "b", "c"]
+    rows = rows_in(tmp_path / "out")
+    assert (tmp_path / "out/predictions.csv").read_text().startswith("file,mask,a,b,c\n")
     assert [row[0] for row in rows] == [f"in/{i}.png" for i in range(6)]
     for i, size in enumerate(sizes):
         stem = "2.png" if i == 2 else str(i)  # beside 2.jpg
