@@ -31,14 +31,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
-from inspect import signature
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import datasets
@@ -62,7 +60,7 @@ from datasets import SegmentationDataset, TrainBatches
 from deeplab import DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.images import AS_STORED, Reading
-from files.runs import Run, RunLog, find_checkpoint
+from files.runs import Run, RunLog, backbones, find_checkpoint
 from files.training import Training
 from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
@@ -100,6 +98,8 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         labels = datasets.class_labels(args.dataset, args.data_root)
         options = {"num_classes": len(labels.classes), **options}
         model = deeplab.from_checkpoint(checkpoint, path, **options)
+        if sorted(model.classes or ()) == sorted(labels.classes):
+            checkpoints.compare_classes(model.classes, path, labels.classes)
         model.classes, model.palette = labels.classes, labels.palette
     model.reading = model.reading._replace(**reading_options(args))
     return model.place(device).eval(), path
@@ -182,7 +182,10 @@ def make_batches(
         reason = "BatchNorm cannot train on batches of one image"
         reason = reason if smallest > WORLD else "a batch needs an image for each process"
         raise UserError(f"{reason} ({given}): {hint}")
-    return TrainBatches(length, args.batch_size, args.epochs, args.seed, smallest, RANK, WORLD)
+    batches = TrainBatches(length, args.batch_size, args.epochs, args.seed, smallest, RANK, WORLD)
+    if (left := length - batches.per_epoch * args.batch_size) > 0:
+        print(f"each epoch leaves out {left} images, others each time: too few for a batch")
+    return batches
 
 
 def start(
@@ -200,16 +203,21 @@ def start(
     resume, num_groups = args.resume, options.get("num_groups")
     if resume == "auto":
         resume = run.saved()[-1].path if run.saved() else None
+        if not resume and (others := backbones(run.dataset, run.exp)):
+            hint = f"give --backbone {others[0]}, or another --exp"
+            raise UserError(f"--exp {run.exp} has checkpoints, but none of {run.backbone}: {hint}")
         if not resume:
             print(f"--exp {run.exp} has no checkpoint to resume from: a new run begins")
     options = {**options, "num_classes": len(data.classes)}
     model = deeplab.build(pretrained=not (args.scratch or resume or initial), **options)
     model.classes, model.palette, model.reading = data.classes, data.palette, data.reading
-    if initial:
+    if initial and not resume:
         checkpoints.init_weights(model, initial, args.init)
     model.fit_bn_momentum(batches.max_iter)
     if args.freeze_bn and num_groups:
         raise UserError(f"--freeze_bn has nothing to freeze: {args.init or resume} has GroupNorm")
+    if args.freeze_bn and not resume and (not initial or checkpoints.is_trunk(initial)):
+        raise UserError("--freeze_bn would freeze ASPP, which is new: give --init a whole network")
     if args.freeze_bn:
         model.freeze_bn()
     elif WORLD > 1 and not num_groups and device.type == "cuda":
@@ -265,20 +273,6 @@ def out_of_patience(args: argparse.Namespace, state: Training) -> bool:
     return True
 
 
-def share_gradients(model: DeepLabv3, batches: TrainBatches, val_set: SegmentationDataset) -> nn.Module:
-    """The model of one of several processes; its backward pass averages the gradients of all. Raises
-    UserError if the processes do not start alike."""
-    values = {"iteration": batches.start, "iterations": batches.max_iter, "validation images": len(val_set)}
-    if batches.start:  # new weights may differ: those of the first process go to all
-        values["weights"] = zlib.crc32(model.head.conv3.weight.detach().cpu().contiguous().numpy())
-    machine.check_agreement(values)
-    # Buffers, BatchNorm's statistics, need no exchange in each step: SyncBatchNorm has made them alike, or
-    # `validate` does. The argument has another name in newer versions of torch.
-    known = signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{name: False}, gradient_as_bucket_view=True)
-
-
 def validate(
     args: argparse.Namespace, model: DeepLabv3, dataset: SegmentationDataset, device: torch.device, hint: str
 ) -> tuple[float | None, Image.Image | None]:
@@ -319,6 +313,7 @@ def open_run(
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
     state = start(args, device, options, initial, run, batches, train_set, val_set.names)
+    val_set.stride = state.model.padded_stride
     return run, state, batches, criterion.to(device), train_set, val_set
 
 
@@ -330,11 +325,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if first >= max_iter:
         return print(f"all {args.epochs} epochs are done: nothing is left to train")
     batches.start, model, optimizer = first, state.model, state.optimizer
-    net = share_gradients(model, batches, val_set) if WORLD > 1 else model
+    net = machine.share_gradients(model, batches, val_set) if WORLD > 1 else model
     amp = machine.number_format(args.amp, True, device)
     log = RunLog(run, state, args.tensorboard, args.plots) if RANK == 0 else None
-    if WORLD > 1:  # the others have no log
-        state.validations = machine.of_first_process(state.validations)
+    state.validations = machine.of_first_process(state.validations)  # the others have no log
     if out_of_patience(args, state):
         return
     loaded = datasets.load_batches(train_set, batches, args.workers, device)
@@ -342,6 +336,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     model.train()
     mean_iou, loss_sum, logged, began = None, 0, first, time.perf_counter()
     for iteration, (images, masks, sizes) in enumerate(bar, first):
+        torch.manual_seed(zlib.crc32(f"{args.seed} {iteration} {RANK}".encode()))  # of dropout
         lr = poly_lr(args.base_lr, iteration, max_iter)
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr * args.last_mult
         x = model.normalize(images, sizes)
@@ -354,7 +349,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             continue
         row = {"epoch": iteration // per_epoch + 1, "iteration": done, "lr": lr, "per_epoch": per_epoch}
         row["loss"] = mean_loss(loss_sum, done - logged, done, model if saves else None)
-        row["images_per_second"] = (done - logged) * args.batch_size / (time.perf_counter() - began)
+        row["images_per_second"] = (done - logged) * batches.batch_size / (time.perf_counter() - began)
         report(row, mean_iou, bar, args)
         path = run.checkpoint(epochs_done, 0 if validates else done)
         state.epoch, state.iteration = epochs_done, done
@@ -369,7 +364,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             raise Stopped(hint)
         if validates:
             mean_iou, picture = validate(args, model, val_set, device, hint)
-            row["val_mean_iou"] = mean_iou
+            row["val_mean_iou"], row["val_set"] = mean_iou, state.val_set
             state.note_validation(epochs_done, mean_iou)
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
             if log:
@@ -388,7 +383,8 @@ def print_end(run: Run, state: Training, device: torch.device) -> None:
     """Print what a run ends with: its best checkpoint, if that is not the last, and the memory it took."""
     if state.waited:
         found = f"epoch {state.best.epoch} had the best validation, mean IoU {percent(state.best.mean_iou)}"
-        print(f"{found}: --best takes {run.checkpoint(state.best.epoch)}")
+        path = run.checkpoint(state.best.epoch)
+        print(f"{found}: {'--best takes' if os.path.exists(path) else 'but there is no'} {path}")
     if device.type == "cuda":
         print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
@@ -401,6 +397,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     """The command without --train: load the checkpoint, evaluate, print and write the results."""
     model, path = open_model(args, device)
     dataset = open_dataset(args, args.split, model.reading)
+    dataset.stride = model.padded_stride
     inference = Inference(**inference_options(args))
     if len(model.classes) != len(dataset.classes):
         counts = f"{len(model.classes)} classes, but --dataset {args.dataset} has {len(dataset.classes)}"
@@ -447,9 +444,9 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
 
 def run_export(args: argparse.Namespace) -> None:
     """The command with --export: the network as it is evaluated, in a file that needs none of this code."""
-    check_format(args.export)
+    ending = check_format(args.export)
     model, path = open_model(args, torch.device("cpu"))
-    if args.export.endswith(".pth"):
+    if ending == ".pth":
         write_whole(args.export, partial(torch.save, checkpoints.model_entries(model)))
         print(f"{args.export} is written: weights and classes, for --checkpoint, --init and deeplab.load")
         return

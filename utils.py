@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 IGNORE_INDEX = 255
 # Set by torchrun: the number of this process, of all, on this machine. Rank 0 prints and writes files.
-RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # another job may have left it
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 MESSAGE_LIMIT = 2000  # characters of an error message: a list can hold a line of megabytes
 

@@ -313,6 +313,8 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--patience {args.patience} would never stop: {given}; lower --save_every")
     if args.train and args.split:
         parser.error("--split is for evaluation: training reads train, and validates on val")
+    if args.checkpoint and args.epochs and not args.train:
+        parser.error("--epochs picks one of --exp, and --checkpoint names a file: leave one of them out")
     if args.train and args.checkpoint:
         parser.error("--train does not read --checkpoint: --resume continues one, --init begins from one")
     check_values(parser, args)
@@ -336,8 +338,8 @@ def check_values(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--overlap is between 0 and 0.5")
     if args.value_range and not -math.inf < args.value_range[0] < args.value_range[1] < math.inf:
         parser.error("--value_range takes two numbers, the lower one first")
-    if args.resume and args.init:
-        parser.error("--resume continues a run and --init begins one: leave one of them out")
+    if args.init and args.resume not in (None, "auto"):
+        parser.error("--resume continues a run and --init begins one: only --resume auto goes with --init")
     if not args.train and (args.resume or args.init):
         parser.error("--resume and --init go with --train; to evaluate a file, use --checkpoint")
     if args.freeze_bn and args.groups:

@@ -1,10 +1,16 @@
 """The machine: its devices, their number formats, and the processes that torchrun starts."""
 
 import os
+import zlib
+from inspect import signature
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from datasets import SegmentationDataset, TrainBatches
+from deeplab import DeepLabv3
 from utils import LOCAL_RANK, WORLD, UserError
 
 
@@ -74,8 +80,23 @@ def check_agreement(values: dict) -> None:
             raise UserError(f"{found}: each machine needs the same flags, data and checkpoints")
 
 
+def share_gradients(model: DeepLabv3, batches: TrainBatches, val_set: SegmentationDataset) -> nn.Module:
+    """The model of one of several processes; its backward pass averages the gradients of all. Raises
+    UserError if the processes do not start alike."""
+    values = {"iteration": batches.start, "iterations": batches.max_iter, "validation images": len(val_set)}
+    if batches.start:  # new weights may differ: those of the first process go to all
+        values["weights"] = zlib.crc32(model.head.conv3.weight.detach().cpu().contiguous().numpy())
+    check_agreement(values)
+    # Buffers, BatchNorm's statistics, need no exchange in each step: SyncBatchNorm has made them alike, or
+    # `validate` does. The argument has another name in newer versions of torch.
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{name: False}, gradient_as_bucket_view=True)
+
+
 def of_first_process(value: object) -> object:
     """The value of the first of the processes, in all of them."""
     values = [value]
-    dist.broadcast_object_list(values)
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
     return values[0]

@@ -284,7 +284,7 @@ def init_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     state = dict(checkpoint["state_dict"])
     own = {file_name(key): tensor for key, tensor in model.state_dict().items()}
     classifier = ("aspp.conv3.weight", "aspp.conv3.bias")
-    names = checkpoint.get("classes", model.classes)
+    names = classes(checkpoint, path)[0] or model.classes
     others = sorted(names) != sorted(model.classes) and moved_classes(names, model.classes)
     left_out = [key for key in classifier if key in state and (others or state[key].shape != own[key].shape)]
     state.update({key: own[key] for key in left_out})

@@ -19,7 +19,7 @@ from files.training import Best, Training
 from files.whole import free_name, lock, write_whole
 from utils import UserError
 
-COLUMNS = ["epoch", "iteration", "lr", "loss", "val_mean_iou", "images_per_second", "per_epoch"]
+COLUMNS = ["epoch", "iteration", "lr", "loss", "val_mean_iou", "images_per_second", "per_epoch", "val_set"]
 
 
 class Saved(NamedTuple):
@@ -78,6 +78,7 @@ class Run(NamedTuple):
                 rows = [row for row in parse_rows(file.read())[0] if row["val_mean_iou"]]
         if not rows:
             raise UserError(f"--best: no validation is in {log}; without --best the newest is taken")
+        rows = [row for row in rows if row["val_set"] in ("", rows[-1]["val_set"])]  # others do not compare
         row = max(rows, key=lambda row: float(row["val_mean_iou"]))
         found = [saved for saved in self.saved() if saved[:2] == (row["epoch"], 0)]
         if not found:
@@ -86,16 +87,20 @@ class Run(NamedTuple):
         return found[0]
 
 
+def backbones(dataset: str, exp: str) -> list[str]:
+    """The backbones on which an experiment has checkpoints."""
+    pattern = rf"data/deeplab_(.+)_{dataset}_v3_{re.escape(exp)}_epoch\d+(_iter\d+)?\.pth"
+    matches = (re.fullmatch(pattern, path) for path in glob("data/*.pth"))
+    return sorted({match[1] for match in matches if match})
+
+
 def find_checkpoint(
     backbone: str | None, dataset: str, exp: str, epoch: int | None, best: bool = False
 ) -> str:
     """The checkpoint of an experiment after `epoch` epochs, or that of the best validation, or the newest;
     without `backbone`, on any. Raises UserError if there is none, or if several backbones have one."""
-    pattern = rf"data/deeplab_(.+)_{dataset}_v3_{re.escape(exp)}_epoch\d+(_iter\d+)?\.pth"
-    matches = [re.fullmatch(pattern, path) for path in glob("data/*.pth")]
-    backbones = [backbone] if backbone else sorted({match[1] for match in matches if match})
     found = []
-    for name in backbones:
+    for name in [backbone] if backbone else backbones(dataset, exp):
         run = Run(name, dataset, exp)
         saved = [run.best()] if best else run.saved()
         found += [item.path for item in saved if epoch is None or item[:2] == (epoch, 0)][-1:]
@@ -150,7 +155,7 @@ class RunLog:
             os.remove(saved.path)  # a kill left it
         rows = self.set_aside()
         for row in rows:
-            if row["val_mean_iou"]:
+            if row["val_mean_iou"] and row["val_set"] in ("", training.val_set):
                 training.note_validation(row["epoch"], float(row["val_mean_iou"]))
         text = to_text(rows)
         self.file.seek(0)

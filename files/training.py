@@ -17,19 +17,11 @@ from files.masks import Labels
 from files.whole import write_whole
 from utils import IGNORE_INDEX, UserError
 
-# Flags whose change in a resumed run is printed.
+# Flags whose change in a resumed run is printed; the last are those of its validations.
+VALIDATION_FLAGS = ["scales", "flip", "tile", "overlap"]
 RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_lr", "last_mult", "freeze_bn"]
-RUN_FLAGS += [
-    "seed",
-    "train_list",
-    "accum",
-    "amp",
-    "class_weights",
-    "top_k",
-    "dice",
-    "label_smoothing",
-    "color_jitter",
-]
+RUN_FLAGS += ["seed", "train_list", "accum", "amp", "class_weights", "top_k", "dice", "label_smoothing"]
+RUN_FLAGS += ["color_jitter", *VALIDATION_FLAGS]
 
 
 class Best(NamedTuple):
@@ -82,9 +74,9 @@ class Training:
 
     @property
     def val_set(self) -> str:
-        """What tells the images to validate from others."""
-        names = "\n".join(sorted(self.val_names))
-        return f"{len(self.val_names)} images ({zlib.crc32(os.fsencode(names)):08x})"
+        """What tells the images to validate, and how that is done, from others."""
+        flags = [str(self.flags.get(key)) for key in VALIDATION_FLAGS]
+        return f"{zlib.crc32(os.fsencode('|'.join([*sorted(self.val_names), *flags]))):08x}"
 
     @property
     def best(self) -> Best | None:
@@ -129,6 +121,9 @@ class Training:
         continues at the same fraction of the epoch. Raises UserError if the checkpoint is of another model,
         or does not tell its progress."""
         checkpoint = checkpoints.read(path)
+        now = self.model.config["output_stride"]  # which may differ in evaluation
+        if (before := checkpoint.get("model", {}).get("output_stride", now)) != now:
+            raise UserError(f"{path} was trained with --output_stride {before}, and not {now}: give that")
         checkpoints.load_weights(self.model, checkpoint, path)
         checkpoints.compare_classes(checkpoint.get("classes", self.model.classes), path, self.model.classes)
         compare_reading(checkpoints.reading(checkpoint, path), path, self.model.reading)
@@ -154,9 +149,9 @@ class Training:
         if changed:
             shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
             print(f"the run continues with other flags: {shown}")
-        before = checkpoint.get("val_set", self.val_set)
-        if before != self.val_set and self.validations:
-            print(f"validates on {self.val_set}, not on {before} as before: the mean IoUs do not compare")
+        if self.validations and checkpoint.get("val_set", self.val_set) != self.val_set:
+            self.validations = {}
+            print("validates other images, or in another way: the mean IoUs before do not count any more")
         now = torch.get_num_threads()
         before = checkpoint.get("threads", now)
         if before != now and next(self.model.parameters()).device.type == "cpu":

@@ -140,6 +140,8 @@ def test_what_an_export_lacks_is_said(cli, tmp_path, monkeypatch):
     assert "--scales" in cli("--export", "x.onnx", "--checkpoint", "x.pth", "--flip")[2]
     status, _, err = cli("--export", "x.torchscript", "--checkpoint", "x.pth")
     assert status == 1 and one_line(err) and ".pt2, .onnx or .pth" in err
+    assert cli("--export", "y.PTH", "--checkpoint", "x.pth")[0] == 0
+    (tmp_path / "y.PTH").unlink()
     status, _, err = cli("--export", "x.pth/x.pt2", "--checkpoint", "x.pth")
     assert status == 1 and one_line(err) and "x.pth/x.pt2" in err
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -98,9 +98,9 @@ def test_last_batch_of_one_image(cli, tmp_path):
     root = make_list_dataset(tmp_path / "set", train=5)
     small = ["--train", "--exp", "x", "--epochs", 1, "--dataset", "custom", "--data_root", root, *SMALL]
     status, out, _ = cli(*small)
-    assert status == 0 and "iteration 1/1," in out
+    assert status == 0 and "iteration 1/1," in out and "each epoch leaves out 1 images" in out
     status, out, _ = cli(*small, "--groups", 32, "--weight_std")  # GroupNorm takes it
-    assert status == 0 and "iteration 2/2," in out
+    assert status == 0 and "iteration 2/2," in out and "leaves out" not in out
     status, _, err = cli(*small, "--batch_size", 1)
     assert status == 1 and "--freeze_bn" in err
 
@@ -368,6 +368,7 @@ def test_what_is_logged_saved_and_validated(cli, tmp_path, monkeypatch, flags, l
         (["--export", "x.onnx", "--checkpoint", "x.pth", "--flip"], "leave out --scales and --flip"),
         (["--export", "x.onnx", "--checkpoint", "x.pth", "--amp", "bf16"], "leave out --device, --amp and"),
         (["--predict", "x.jpg", "--checkpoint", "x.pth", "--plots"], "--plots draws a training run"),
+        (["--exp", "x", "--checkpoint", "x.pth", "--epochs", "3"], "--epochs picks one of --exp"),
     ],
 )
 def test_wrong_flags_and_missing_data(cli, flags, message):
@@ -435,10 +436,10 @@ def test_data_set_of_other_classes(cli, smallest, tmp_path):
 
 def test_classes_in_another_order(cli, smallest, tmp_path):
     """Each would be taken for another: to resume the run, or to evaluate it, would mean nothing."""
-    names, flags = tmp_path / "set/classes.txt", ["--exp", "x", "--epochs", 1, *smallest]
-    assert cli("--train", *flags)[0] == 0
+    names, flags = tmp_path / "set/classes.txt", ["--exp", "x", *smallest]
+    assert cli("--train", *flags, "--epochs", 1)[0] == 0
     path = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
-    starts = [["--train", "--resume", "auto"], ["--train", "--init", path]]
+    starts = [["--train", "--resume", "auto", "--epochs", 1], ["--train", "--init", path, "--epochs", 1]]
     names.write_text("c = 2\na = 0\nb = 1\n")
     for command in (["--checkpoint", path], *starts):
         status, _, err = cli(*flags, *command)

@@ -17,6 +17,7 @@ from PIL import Image
 from processes import narrow
 from torch import nn
 
+import deeplab
 import main
 from files import checkpoints, runs
 from files.images import AS_STORED
@@ -275,7 +276,7 @@ def test_step_that_the_loss_scaler_skips():
 def test_place_within_an_epoch_of_another_length(monkeypatch):
     monkeypatch.setattr(checkpoints, "load_weights", lambda *_: None)
     model = two_groups(torch.contiguous_format)
-    model.classes, model.reading = ["a"], AS_STORED
+    model.classes, model.reading, model.config = ["a"], AS_STORED, {"output_stride": 16}
     optimizer = main.make_optimizer(model)
 
     def place(epoch: int, iteration: int, per_epoch_before: int, per_epoch: int) -> tuple[int, int]:
@@ -297,16 +298,66 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
             assert 4 * per_epoch <= place(4, iteration, 10, per_epoch)[1] < 5 * per_epoch
 
 
-def test_other_images_to_validate_are_told(cli, smallest, tmp_path):
-    """The best of the validations before them is not of the same images."""
+@pytest.mark.parametrize("change", ["images", "--flip"])
+def test_validations_that_do_not_compare_begin_anew(cli, smallest, tmp_path, monkeypatch, change):
+    """On other images, or done in another way: the best before is neither waited for, nor taken."""
+    found = iter([0.9, 0.8, 0.3, 0.2])
+    details = SimpleNamespace(sample_sheet=None)
+    result = {"confusion": np.eye(3, dtype=int).tolist()}
+    monkeypatch.setattr(main, "evaluate", lambda *_: ({**result, "mean_iou": next(found)}, details))
     flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
     assert cli(*flags, "--epochs", 1)[0] == 0
-    assert "validates on" not in cli(*flags, "--epochs", 2)[1]
-    lines = (tmp_path / "set/list/val.txt").read_text().splitlines()
-    (tmp_path / "set/list/val.txt").write_text("\n".join(lines[1:]))
-    status, out, _ = cli(*flags, "--epochs", 3)
-    assert status == 0 and f"validates on {len(lines) - 1} images" in out
-    assert f"not on {len(lines)} images" in out and "the mean IoUs do not compare" in out
+    assert "do not count" not in cli(*flags, "--epochs", 2)[1]
+    lists = tmp_path / "set/list/val.txt"
+    if change == "images":
+        lists.write_text("\n".join(lists.read_text().splitlines()[1:]))
+    status, out, _ = cli(*flags, "--epochs", 4, *(["--flip"] if change == "--flip" else []))
+    assert status == 0 and "the mean IoUs before do not count any more" in out
+    assert ("--flip False to True" in out) == (change == "--flip")
+    assert "epoch 3 had the best validation, mean IoU 30.00" in out
+    assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}3.pth"
+
+
+def test_output_stride_stays_in_a_resumed_run(cli, smallest):
+    flags = ["--train", "--exp", "x", *smallest, "--resume", "auto"]
+    assert cli(*flags, "--epochs", 1, "--output_stride", 32)[0] == 0
+    status, _, err = cli(*flags, "--epochs", 2)
+    assert status == 1 and one_line(err) and "--output_stride 32, and not 16" in err
+
+
+def test_init_and_resume_auto(cli, smallest, monkeypatch):
+    """As schedulers start a job again: it begins once from the weights, and then goes on."""
+    flags = [*smallest, "--save_every", 1]
+    assert cli("--train", "--exp", "a", *flags, "--epochs", 1)[0] == 0
+    start = f"{STEM}1.pth".replace("_x_", "_a_")
+    flags = ["--train", "--exp", "x", *flags, "--init", start, "--resume", "auto"]
+    status, out, _ = cli(*flags, "--epochs", 1)
+    assert status == 0 and "a new run begins" in out and f"starts from {start}" in out
+    status, out, _ = cli(*flags, "--epochs", 2)
+    assert status == 0 and f"resumed from {STEM}1.pth" in out and "starts from" not in out
+    status, _, err = cli(*flags[:-2], "--resume", start)
+    assert status == 2 and one_line(err) and "only --resume auto goes with --init" in err
+
+
+def test_resume_auto_begins_no_run_beside_one_on_another_backbone(cli, smallest):
+    assert cli("--train", "--exp", "x", *smallest, "--epochs", 1)[0] == 0
+    flags = ["--train", "--exp", "x", *smallest, "--backbone", "resnet50", "--resume", "auto"]
+    status, _, err = cli(*flags)
+    assert status == 1 and one_line(err) and "but none of resnet50: give --backbone tiny" in err
+
+
+def test_dropout_is_that_of_the_iteration(cli, smallest):
+    """torchvision's head has some: a resumed run ends at the same weights."""
+    flags = ["--train", *smallest, "--head", "torchvision", "--save_every", 1, "--epochs", 2]
+    assert cli(*flags, "--exp", "x")[0] == 0
+    assert cli(*flags, "--exp", "y", "--resume", f"{STEM}1.pth")[0] == 0
+    assert same_weights(f"{STEM}2.pth", f"{STEM}2.pth".replace("_x_", "_y_"))
+
+
+def test_freeze_bn_of_a_head_that_is_new(cli, small, tmp_path):
+    torch.save(deeplab.build("tiny", False).trunk.state_dict(), tmp_path / "trunk.pth")
+    status, _, err = cli("--train", "--exp", "x", *small, "--freeze_bn", "--init", "trunk.pth")
+    assert status == 1 and one_line(err) and "--freeze_bn would freeze ASPP, which is new" in err
 
 
 def test_init_takes_all_but_a_classifier_of_other_classes(cli, small, tmp_path):
@@ -633,7 +684,7 @@ def test_unfinished_files_of_a_killed_run_alone_are_deleted(tmp_path, monkeypatc
     assert left == {f"deeplab_tiny_custom_v3_{name}" for name in others}
 
 
-ROWS = [b"1,1,0.1,0.5,,9,2", b"1,2,0.1,0.25,0.75,9,2", b"2,3,0.05,0.125,,9,2"]
+ROWS = [b"1,1,0.1,0.5,,9,2,", b"1,2,0.1,0.25,0.75,9,2,", b"2,3,0.05,0.125,,9,2,"]
 HEADER = ",".join(COLUMNS).encode()
 PLAIN = b"\r\n".join([HEADER, *ROWS, b""])
 
@@ -679,7 +730,7 @@ def test_killed_while_it_moves_files_aside(tmp_path, monkeypatch, moment):
         (PLAIN[:-9], False, [1, 2]),  # a row, but for its last columns
         (PLAIN + b"3,4,0.0", False, [1, 2, 3]),
         (
-            PLAIN.replace(b",per_epoch", b"").replace(b",9,2", b",9"),
+            PLAIN.replace(b",per_epoch,val_set", b"").replace(b",9,2,", b",9"),
             False,
             [1, 2, 3],
         ),  # of an earlier version

@@ -194,3 +194,12 @@ def test_threads_fit_the_machine_of_eight_cores(monkeypatch, variables, load, qu
     monkeypatch.setattr(utils, "open", lambda path: io.StringIO(quota), raising=False)
     prepare_threads()
     assert os.environ == expected
+
+
+def test_rank_that_another_job_has_left(tmp_path):
+    """A single process prints and writes, whatever its number was."""
+    program = "from utils import RANK, WORLD; print(RANK, WORLD)"
+    for more, expected in (({"RANK": "1"}, "0 1"), ({"RANK": "1", "WORLD_SIZE": "2"}, "1 2")):
+        environment = {**os.environ, "PYTHONPATH": str(Path(utils.__file__).parent), **more}
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert run.stdout.strip() == expected
