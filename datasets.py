@@ -382,8 +382,8 @@ class TrainBatches(Sampler):
     ):
         self.length, self.batch_size = length, min(batch_size, length)
         self.seed, self.start, self.rank, self.world = seed, start, rank, world
-        self.per_epoch = length // self.batch_size
-        if length % self.batch_size >= min_last:
+        self.per_epoch = length // batch_size
+        if length % batch_size >= min_last:
             self.per_epoch += 1
         self.max_iter = epochs * self.per_epoch
 
