@@ -157,6 +157,9 @@ class RunLog:
         for row in rows:
             if row["val_mean_iou"] and row["val_set"] in ("", training.val_set):
                 training.note_validation(row["epoch"], float(row["val_mean_iou"]))
+        at_end = training.resumed and re.search(r"_epoch\d+\.pth$", training.resumed.path)
+        if at_end and training.epoch not in training.validations:  # a stop came between
+            print(f"{training.resumed.path} was not validated: --best, --keep and --patience pass it over")
         text = to_text(rows)
         self.file.seek(0)
         same = self.file.read(len(text)) == text

@@ -156,6 +156,10 @@ def test_stopped_while_it_validates(cli, smallest, tmp_path, monkeypatch):
         f"main.py: stopped by SIGHUP; {STEM}1.pth is saved: the same command with --resume auto continues it"
     )
     assert len(calls) == 1 and list(contents("data", "*.pth")) == [f"{NAME}_epoch1.pth"]
+    monkeypatch.setattr(deeplab.DeepLabv3, "scores", scores)
+    status, out, _ = cli(*flags, *smallest, "--resume", "auto")
+    assert status == 0 and f"{STEM}1.pth was not validated: --best, --keep and" in out
+    assert "was not validated" not in cli(*flags, "--epochs", 3, *smallest, "--resume", "auto")[1]
 
 
 def test_stop_in_the_last_validation(cli, smallest, monkeypatch):
