@@ -116,7 +116,7 @@ class SegmentationDataset(Dataset):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size to which `collate` pads a sample: the crop's, `eval_size`, or the next multiples of the
-        stride, plus 1."""
+        stride, plus 1. With a stride of 1, torchvision's head, nothing is padded."""
         if self.crop_size:
             return self.crop_size, self.crop_size
         if height <= self.eval_size[0] and width <= self.eval_size[1] and self.stride > 1:

@@ -98,7 +98,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         labels = datasets.class_labels(args.dataset, args.data_root)
         options = {"num_classes": len(labels.classes), **options}
         model = deeplab.from_checkpoint(checkpoint, path, **options)
-        if sorted(model.classes or ()) == sorted(labels.classes):
+        if sorted(model.classes or ()) == sorted(labels.classes):  # VOC's, perhaps in another order
             checkpoints.compare_classes(model.classes, path, labels.classes)
         model.classes, model.palette = labels.classes, labels.palette
     model.reading = model.reading._replace(**reading_options(args))
@@ -230,8 +230,8 @@ def start(
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
-    lengths = len(data), batches.per_epoch
-    training = Training(model, optimizer, scaler, *lengths, vars(args), data.labels, val_names)
+    sets = {"images": len(data), "per_epoch": batches.per_epoch, "val_names": val_names}
+    training = Training(model, optimizer, scaler, flags=vars(args), labels=data.labels, **sets)
     if resume:
         training.resume(resume)
         print(f"resumed from {resume}: iteration {training.iteration} of {batches.max_iter}")

@@ -250,9 +250,9 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
         mistake = "a line begins with the name of a class"
     elif max(color, default=0) > 255:
         mistake = "a colour is three numbers of 0 to 255"
-    elif re.search(r"(?i)^id\b|\br\W+g\W+b$|:$", name):
+    elif not color and not equals and re.search(r"(?i)^id\W+(name|class|label)\b|\br\W+g\W+b$|:$", name):
         mistake = "leave out headings: a line is a class, `name`, `name r g b` or `name = value`"
-    elif re.search(r"#[0-9a-fA-F]{6}$|\(\d+, *\d+, *\d+\)$", name):
+    elif not color and re.search(r"#[0-9a-fA-F]{6}$|\(\d+, *\d+, *\d+\)$", name):
         mistake = "a colour is three numbers: `name 128 64 128`"
     elif re.search(r"[,;:]\s*\d+$", name):
         mistake = "leave a space between name and numbers: `name r g b`, `name = value`"

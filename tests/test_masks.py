@@ -57,6 +57,16 @@ def test_classes_and_their_values(tmp_path, text, classes, values):
     assert labels.classes == classes and labels.values == values and len(labels.palette) == len(classes)
 
 
+def test_names_that_look_like_headings(tmp_path):
+    """An export's classes have colours, and may be called anything."""
+    names = ["id card", "identity", "name", "class"]
+    assert read_classes(write(tmp_path, "".join(f"{name}\n" for name in names))).classes == names
+    names = ["id name", "r g b", "a:", "b #804080", "c (1, 2, 3)"]
+    assert (
+        read_classes(write(tmp_path, "".join(f"{n} {i} 0 0\n" for i, n in enumerate(names)))).classes == names
+    )
+
+
 def test_colours(tmp_path):
     labels = read_classes(write(tmp_path, "sky 1 2 3\nb\n"))
     assert labels.palette == [[1, 2, 3], [128, 0, 0]]  # the VOC palette's where none is given
