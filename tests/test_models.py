@@ -15,7 +15,7 @@ import deeplab
 from commands import flags as flags_module
 from commands.check import drop_bad
 from commands.evaluate import evaluate
-from datasets import ListSegmentation
+from datasets import ListSegmentation, SegmentationDataset
 from deeplab import Inference
 from files import checkpoints
 from files.masks import VOC_CLASSES
@@ -325,6 +325,31 @@ def test_evaluation_predicts_what_predict_gives(tmp_path, head, stride):
     for (image, _), name in zip(dataset.pairs, dataset.names, strict=True):
         found = np.array(Image.open(tmp_path / f"out/{name}.png"))
         assert np.array_equal(found, model.predict(image)), name
+
+
+@pytest.mark.parametrize("flags", [["--output_stride", 8], ["--head", "torchvision"]])
+def test_commands_agree_on_sizes_that_fit_no_stride(cli, tmp_path, flags):
+    """The validation of a run, its evaluation, and the masks of a prediction."""
+    root = make_list_dataset(tmp_path / "set", size=(67, 49))
+    data = ["--dataset", "custom", "--data_root", root]
+    network = ["--aspp_rates", 2, "--groups", 32, "--weight_std", *flags]
+    status, out, _ = cli("--train", "--exp", "x", *data, *SMALL, *network, "--epochs", 2, "--base_lr", 0.02)
+    assert status == 0
+    validated = re.search("saved (.*), mean IoU (.*)\n", out)
+    status, out, _ = cli("--checkpoint", validated[1], *data)
+    assert status == 0 and f"Mean IoU: {validated[2]}\n" in out
+    model = deeplab.load(validated[1])
+    for i in range(3):
+        mask = np.array(Image.open(next(tmp_path.glob(f"data/val/*/val{i}.png"))))
+        assert np.array_equal(mask, model.predict(root / f"images/val{i}.jpg")), i
+
+
+def test_padding_of_voc():
+    """As in the published code, but not for torchvision's head, which is evaluated without padding."""
+    dataset = SegmentationDataset([], None, eval_size=(513, 513))
+    assert dataset.padded_size(375, 500) == (513, 513) and dataset.padded_size(600, 500) == (609, 513)
+    dataset.stride = 1
+    assert dataset.padded_size(375, 500) == (375, 500)
 
 
 def test_scales_of_a_head_without_aligned_corners():
