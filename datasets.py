@@ -4,6 +4,7 @@ A sample is (image, mask): uint8 (3, H, W) RGB and uint8 (H, W) labels with 255 
 whole, training a random crop. `collate` pads samples to one size; the model normalises them on its device.
 """
 
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -416,6 +417,8 @@ def load_batches(
         worker_init_fn=ignore_stop_signals,
     )
     try:
+        if workers:
+            multiprocessing.Lock()  # without /dev/shm the loader would fail in many lines
         for batch in loader:
             yield [tensor.to(device, non_blocking=cuda) for tensor in batch]
     except OSError as error:  # not of a sample's file, which is named

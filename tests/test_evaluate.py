@@ -73,6 +73,17 @@ def test_compiled_code_evaluates_alike(cli, smallest, tmp_path):
     assert status == 1 and one_line(err) and "18 sizes" in err
 
 
+def test_class_that_is_never_predicted_is_named(cli, trained, monkeypatch):
+    scores = deeplab.DeepLabv3.scores
+    flags = ["--checkpoint", trained[0], "--dataset", "custom", "--data_root", trained[1]]
+    status, out, _ = cli(*flags)
+    assert status == 0 and "never predicted" not in out
+    monkeypatch.setattr(
+        deeplab.DeepLabv3, "scores", lambda *args: scores(*args).index_fill(1, torch.tensor([1]), -1e9)
+    )
+    assert "never predicted: b\n" in cli(*flags)[1]
+
+
 def test_class_that_appears_nowhere_is_left_out(cli, tmp_path):
     root = make_list_dataset(tmp_path / "set", classes=("a", "b", "c", "nowhere"))
     model = deeplab.build("tiny", False, 4)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 import warnings
 from functools import partial
@@ -264,6 +265,15 @@ def test_images_of_too_many_pixels(tmp_path):
             pixels(tmp_path / name, max_pixels=1_000_000, bands=(1, 2, 3))
         assert pixels(tmp_path / name, bands=(1, 2, 3)).shape == (1001, 1000, 3)
     assert open_image(str(tmp_path / "a.png")).size == (1000, 1001)
+
+
+def test_format_that_pillow_does_not_know(tmp_path):
+    """It raises what no other format raises: a DDS of pixels of its own."""
+    header = struct.pack("<7I44x2I4s5I20x", 124, 0x1007, 4, 4, 16, 0, 0, 32, 4, b"ZZZZ", 0, 0, 0, 0, 0)
+    (tmp_path / "a.dds").write_bytes(b"DDS " + header + bytes(64))
+    for read in (read_header, read_image):
+        with pytest.raises(UserError, match="cannot read .*a.dds: Unimplemented pixel format"):
+            read(str(tmp_path / "a.dds"))
 
 
 def test_what_a_folder_leaves_out():

@@ -23,6 +23,7 @@ from conftest import (
     needs_shared,
     one_line,
     same_weights,
+    spoil,
 )
 from PIL import Image
 
@@ -261,6 +262,20 @@ def test_device_on_a_machine_with_gpus(monkeypatch, flags, world, name):
         machine.pick_device(args.device, args.gpu, args.amp)
 
 
+def test_device_is_named(cli, monkeypatch):
+    """Before the work, with what a torch without CUDA leaves unused."""
+    assert cli("--exp", "x")[1].startswith(f"on the CPU, {torch.get_num_threads()} threads")
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/proc/driver/nvidia" or exists(path))
+    for version, hint in ((None, "built without CUDA, for the NVIDIA GPU install another"), ("13.0", "")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        line = machine.describe_device(torch.device("cpu"), "none")
+        assert hint in line and ("CUDA" in line) == bool(hint)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    named = [machine.describe_device(torch.device("cuda:0"), amp) for amp in ("bf16", "none")]
+    assert named == ["cuda:0, NVIDIA H100, bf16", "cuda:0, NVIDIA H100, float32"]
+
+
 def test_gpus_of_torchrun_cannot_be_picked(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["commands.flags"], "WORLD", 2)
     for flags in (["--device", "cuda:1"], ["--gpu", "1"]):
@@ -424,6 +439,15 @@ def test_evaluation_asks_the_checkpoint_what_it_is(cli, smallest, tmp_path):
     assert cli("--exp", "x", *data, "--backbone", "tiny")[0] == 0
 
 
+def test_experiment_of_another_data_set(cli, smallest, tmp_path):
+    """Without --dataset it is not found, but named."""
+    (tmp_path / "data").mkdir()
+    spoil("none", tmp_path / "data/deeplab_tiny_custom_v3_car_epoch1.pth")
+    status, _, err = cli("--exp", "car")
+    assert status == 1 and one_line(err)
+    assert "there is data/deeplab_tiny_custom_v3_car_epoch1.pth: add its --dataset" in err
+
+
 def test_data_set_of_other_classes(cli, smallest, tmp_path):
     model = deeplab.build("tiny", False, 3, 32, True, aspp_rates=[6], image_pooling=False)
     about = {"model": model.config, "classes": list("abc"), "palette": [(0, 0, 0)] * 3}
@@ -504,13 +528,24 @@ def test_out_of_memory_says_what_to_lower(cli, smallest, monkeypatch, command, f
     assert status == 1 and one_line(err) and all(flag in err for flag in named)
 
 
-def test_too_little_shared_memory(tmp_path):
-    """In a mount namespace of its own, whose /dev/shm is smaller than a batch."""
+NO_SHM = "mkdir dev; mount -t tmpfs none dev; for f in null zero urandom; do touch dev/$f; "
+NO_SHM += "mount --bind /dev/$f dev/$f; done; mount --move dev /dev"
+
+
+@pytest.mark.parametrize(
+    ("mount", "hints"),
+    [
+        ("mount -t tmpfs -o size=1m none /dev/shm", ["--workers", "--shm-size"]),
+        (NO_SHM, ["processes that load images cannot be started", "--workers 0"]),
+    ],
+)
+def test_too_little_shared_memory(tmp_path, mount, hints):
+    """In a mount namespace of its own, whose /dev/shm is smaller than a batch, or not there."""
     root = make_list_dataset(tmp_path / "set")
     command = [sys.executable, TINY, "--train", "--exp", "x", "--dataset", "custom", "--data_root", root]
     command += [*SMALL, *NETWORK, "--workers", 2, "--crop_size", 321]
     words = " ".join(f"'{word}'" for word in command)
-    script = f"mount -t tmpfs -o size=1m none /dev/shm || exit 77; exec {words}"
+    script = f"({mount}) || exit 77; exec {words}"
     try:
         run = subprocess.run(
             ["unshare", "--mount", "bash", "-c", script], cwd=tmp_path, capture_output=True, text=True
@@ -520,8 +555,8 @@ def test_too_little_shared_memory(tmp_path):
     if run.returncode == 77 or "unshare failed" in run.stderr:
         pytest.skip("this user cannot mount")
     lines = [line for line in run.stderr.splitlines() if "main.py: error: " in line]
-    assert run.returncode == 1 and len(lines) == 1
-    assert "--workers" in lines[0] and "--shm-size" in lines[0]
+    assert run.returncode == 1 and len(lines) == 1 and all(hint in lines[0] for hint in hints)
+    assert "Traceback" not in run.stderr
 
 
 def test_defaults_of_the_data_sets(cli):
@@ -562,6 +597,13 @@ for flags in (["--help"], ["--wrong"], ["--exp", "x", "--scales", "0"], ["--down
         print("status", stop.code, flush=True)
 print("imported", {"torch", "torchvision", "numpy", "PIL", "matplotlib"} & set(sys.modules))
 """
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 brought -P")
+def test_folder_of_the_script_need_not_be_on_the_path(tmp_path):
+    command = [sys.executable, "-P", Path(main.__file__), "--help"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("usage: main.py")
 
 
 def test_commands_that_need_no_torch_do_not_import_it(tmp_path):

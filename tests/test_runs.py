@@ -318,6 +318,17 @@ def test_validations_that_do_not_compare_begin_anew(cli, smallest, tmp_path, mon
     assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}3.pth"
 
 
+def test_another_number_of_threads_is_told(cli, smallest, monkeypatch):
+    """It rounds differently: a resumed run is not that of one number, to the bit."""
+    flags = ["--train", "--exp", "x", *smallest, "--resume", "auto"]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    assert "threads, not" not in cli(*flags, "--epochs", 2)[1]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    status, out, _ = cli(*flags, "--epochs", 3)
+    assert status == 0 and f"torch has {threads + 1} threads, not {threads} as before" in out
+
+
 def test_output_stride_stays_in_a_resumed_run(cli, smallest):
     flags = ["--train", "--exp", "x", *smallest, "--resume", "auto"]
     assert cli(*flags, "--epochs", 1, "--output_stride", 32)[0] == 0

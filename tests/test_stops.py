@@ -13,7 +13,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import make_list_dataset, same_weights, spoil
+from conftest import children, make_list_dataset, same_weights, spoil
 from processes import end, narrow, start, wait_until
 from test_runs import LOG, NAME, STEM, contents, read_log, stop_at_step
 
@@ -103,6 +103,43 @@ def test_stopped_it_saves_and_says_how_to_continue(smallest, tmp_path, number, s
         "the same command with --resume auto continues it"
     )
     assert torch.load(checkpoint, weights_only=True)["iteration"] >= 3
+
+
+def test_stopped_though_its_workers_are_frozen(smallest, tmp_path):
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 9999, "--workers", 2, "--log_every", 1]
+    run = start(tmp_path, *flags)
+    assert wait_until(lambda: "iteration 3/" in (tmp_path / "out").read_text(), run)
+    workers = children(run)
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    time.sleep(0.5)  # what they had loaded is trained on
+    os.kill(run.pid, signal.SIGTERM)
+    assert end(run, seconds=60) == [143]
+    assert "\n" not in (tmp_path / "err").read_text().strip() and list((tmp_path / "data").glob("*.pth"))
+
+
+def with_a_slow_validation(argv: list[str]) -> None:
+    def scores(model, x, *args):
+        Path("validates").touch()
+        time.sleep(0.5)
+        return model(x)
+
+    deeplab.DeepLabv3.scores = scores
+    processes.run(argv)
+
+
+def test_stopped_while_it_validates_with_workers(smallest, tmp_path):
+    """The loaders of training and of validation end without a word of their own."""
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 2, "--save_every", 1, "--workers", 2]
+    run = start(
+        tmp_path, *flags, "--eval_batch_size", 1, module="test_stops", function="with_a_slow_validation"
+    )
+    assert wait_until((tmp_path / "validates").exists, run)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert end(run, seconds=60) == [143]
+    (line,) = (tmp_path / "err").read_text().strip().splitlines()
+    assert f"{STEM}1.pth is saved: the same command with --resume auto continues it" in line
 
 
 def test_stopped_and_resumed_it_ends_at_the_same_weights(cli, smallest, tmp_path, monkeypatch):
