@@ -311,14 +311,6 @@ def test_python_use(trained, tmp_path):
     assert deeplab.load(str(checkpoint), output_stride=8).config["output_stride"] == 8
 
 
-def test_groups_of_one_value(tmp_path):
-    """64 groups of 64 channels, in an image that is one pixel there."""
-    model = deeplab.build("tiny", False, 3, num_groups=64, weight_std=True)
-    assert model.training  # which `predict` turns off for itself
-    labels = model.predict(np.zeros((1, 1, 3), np.uint8))
-    assert labels.shape == (1, 1) and model.training
-
-
 def test_directory_named_like_an_image(cli, smallest, tmp_path):
     spoil("none", tmp_path / "x.pth")
     (tmp_path / "photos/a.jpg").mkdir(parents=True)
