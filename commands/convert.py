@@ -31,6 +31,7 @@ from files.exports import (
     Export,
     Notes,
     Sample,
+    class_name,
     example,
     read_roboflow,
     read_voc,
@@ -170,7 +171,9 @@ def prepare_folder(root: str) -> tuple[str, IO]:
     makes one there."""
     temporary = os.path.join(root, ".converting")
     there = [name for name in MADE if os.path.lexists(os.path.join(root, name))]
-    if there and not os.path.isdir(temporary):
+    # A conversion that was killed as it moved them, the lists last, has moved what its own folder lacks.
+    left = os.listdir(temporary) if os.path.isdir(temporary) else []
+    if there and (MADE[-1] not in left or set(there) & set(left)):
         raise UserError(f"{root} has {there[0]} already: --data_root names a new folder")
     if os.path.lexists(root) and not os.path.isdir(root):
         raise UserError(f"{root} is no folder: --data_root names the one of the new data set")
@@ -198,7 +201,8 @@ def choose(export: Export, wanted: Sequence[str] | None, others: str) -> Target:
     palette = export.palette or [voc_palette()[i % 256] for i in range(len(names))]
     target = Target(names, palette, list(range(len(names))))
     if wanted:
-        sources = {safe_name(name): safe_name(name) for name in wanted if safe_name(name) != BACKGROUND}
+        sources = [safe_name(class_name(name)) for name in wanted]
+        sources = {name: name for name in sources if name != BACKGROUND}
         if list(wanted) == ["pascal"]:
             sources = {name: COCO_NAMES.get(name, name) for name in VOC_CLASSES[1:]}
             sources = {name: source if source in names else name for name, source in sources.items()}

@@ -13,6 +13,7 @@ from files.exports import (
     Export,
     Notes,
     Sample,
+    class_name,
     example,
     find,
     find_image,
@@ -44,16 +45,23 @@ def compact(item: dict) -> Any:
     if "image_id" in item and "category_id" in item:
         shape = item.get("segmentation")
         if isinstance(shape, list):
-            try:
-                shape = [array("d", polygon) for polygon in shape]
-            except TypeError:
-                shape = None
+            if shape and not isinstance(shape[0], list):
+                shape = [shape]  # a single polygon, without the list around it
+            shape = [to_numbers(polygon) for polygon in shape]
         # Datumaro, which adds `attributes`, writes iscrowd with every RLE: brush masks, but no crowds.
         crowd = bool(item.get("iscrowd")) and "attributes" not in item
         return CocoObject(item["image_id"], item["category_id"], crowd, shape)
     if "file_name" in item and "id" in item:
         return CocoImage(item["id"], str(item["file_name"]), item.get("width"), item.get("height"))
     return item
+
+
+def to_numbers(polygon: Any) -> array:
+    """Of what is no list of numbers none: a polygon of no points is told as it is drawn."""
+    try:
+        return array("d", polygon)
+    except TypeError:
+        return array("d")
 
 
 def read_coco(export: str, files: list[str], images: str | None) -> Export:
@@ -69,24 +77,28 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
         numbers = coco_categories(path, data, classes, notes)
         listed[path] = set(numbers.values())
         objects: dict[Any, list] = {}
+        ids = {str(key): key for key in entries}  # some tools write the ids of annotations as text
         for item in data["annotations"]:
+            if isinstance(item, dict) and "segments_info" in item:
+                raise UserError(f"{path} is of COCO's panoptic kind: export instances or semantic masks")
             if not isinstance(item, CocoObject) or item.category_id not in numbers:
                 what = getattr(item, "category_id", item)
                 raise UserError(f"{path}: an annotation is of the category {what!r}, which is not listed")
-            if item.image_id not in entries:
+            image_id = item.image_id if item.image_id in entries else ids.get(str(item.image_id))
+            if image_id is None:
                 notes.add("annotations of images that are not listed: left out", f"image {item.image_id}")
                 continue
-            found = objects.setdefault(item.image_id, [])
+            found = objects.setdefault(image_id, [])
             if item.segmentation:
                 found.append((numbers[item.category_id], item.crowd, item.segmentation))
             else:
                 reason = "annotations without a polygon or RLE, as boxes are: left out"
-                notes.add(reason, entries[item.image_id].file_name)
+                notes.add(reason, entries[image_id].file_name)
         stem = os.path.basename(path).removesuffix(".json").removeprefix("instances_")
         split = split_in(stem) or split_in(os.path.basename(os.path.dirname(os.path.abspath(path))))
         where = image_folders(path, stem, images)
         for image in entries.values():
-            found = find_image(image.file_name, where, notes)
+            found = find_image(image.file_name, where, notes, bool(images))
             if not found:
                 notes.add(f"images of {path} are not there: left out", image.file_name)
                 continue
@@ -144,7 +156,7 @@ def coco_categories(path: str, data: dict, classes: list[str], notes: Notes) -> 
             notes.add("categories that only group the others: left out", str(item["name"]))
             numbers[0] = 0
             continue
-        name = str(item["name"])
+        name = class_name(str(item["name"]))
         if name not in classes:
             classes.append(name)
         numbers[item["id"]] = classes.index(name)

@@ -132,9 +132,15 @@ def is_value_table(path: str) -> bool:
 
 
 def split_in(name: str) -> str | None:
-    """The split that a file's or a folder's name contains, as `instances_train2017` does."""
+    """The split that a file's or a folder's name ends in, as `instances_train2017` does, or contains."""
     words = re.findall("[a-z]+", name.lower())
-    return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), None)
+    return next((SPLIT_FOLDERS[word] for word in reversed(words) if word in SPLIT_FOLDERS), None)
+
+
+def class_name(name: str) -> str:
+    """A class' name in Unicode's form NFC; labelme calls the background _background_."""
+    name = normalize("NFC", name).strip()
+    return BACKGROUND if name == "_background_" else name
 
 
 def load_json(path: str, hook: Callable[[dict], Any] | None = None) -> Any:
@@ -152,11 +158,14 @@ def load_json(path: str, hook: Callable[[dict], Any] | None = None) -> Any:
 # what several formats need
 
 
-def find_image(name: str, folders: list[str], notes: Notes) -> str | None:
-    """The path of an image in the first of these folders that has it, which moves to the front. If none has
-    it with the folders in its name, it is looked for without them, and noted."""
+def find_image(name: str, folders: list[str], notes: Notes, within: bool = False) -> str | None:
+    """The path of an image in the first of these folders that has it, which moves to the front; `within`: not
+    one that a name with `..` leads to. If none has it with the folders in its name, it is looked for without
+    them, and noted."""
     name = name.replace("\\", "/")
-    for form in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name), os.path.basename(name))):
+    leads_out = os.path.isabs(name) or os.path.normpath(name).startswith(os.pardir)
+    forms = [] if within and leads_out else [name, normalize("NFC", name), normalize("NFD", name)]
+    for form in dict.fromkeys([*forms, os.path.basename(name)]):
         for folder in folders:
             path = os.path.join(folder, form)
             if os.path.isfile(path):
@@ -165,7 +174,9 @@ def find_image(name: str, folders: list[str], notes: Notes) -> str | None:
                 moved = "/" in name and "/" not in form
                 reason = "images are not in the folders that the export names: taken by their file names"
                 notes.add(reason, name, moved)
-                return os.path.normpath(path)
+                short = os.path.normpath(path)  # not of a link's `..`
+                is_same = os.path.exists(short) and os.path.samefile(short, path)
+                return short if is_same else os.path.realpath(path)
     return None
 
 
@@ -274,23 +285,28 @@ def voc_classes(export: str) -> tuple[list[str], list[tuple[int, int, int]], dic
             color = tuple(map(int, color.split(","))) if color else None
             if color and max(color) > 255:
                 raise UserError(f"{path}:{number}: {line!r}: a colour is three numbers of 0 to 255")
-            lines.append((name.strip(), color))
+            lines.append((class_name(name), color))
         if BACKGROUND not in (name for name, _ in lines):
             lines.insert(0, (BACKGROUND, (0, 0, 0)))
+        if len(lines) > IGNORE_INDEX:
+            raise UserError(f"{path} names {len(lines)} classes: a mask of bytes can show {IGNORE_INDEX}")
         colors = voc_palette(256)
-        order = sorted(range(len(lines)), key=lambda i: lines[i][0] != BACKGROUND)
+        ignored = [i for i, line in enumerate(lines) if line == ("ignored", VOC_BORDER)]  # Datumaro's
+        order = [i for i in range(len(lines)) if i not in ignored]
+        order.sort(key=lambda i: lines[i][0] != BACKGROUND)
         names = [lines[i][0] for i in order]
         palette = [lines[i][1] or tuple(colors[i % 256]) for i in order]
-        return names, palette, {value: label for label, value in enumerate(order)}
+        values = {value: label for label, value in enumerate(order)}
+        return names, palette, values | dict.fromkeys(ignored, IGNORE_INDEX)
     for path in find(export, "class_id_to_name.json", "class_names.txt"):
         if path.endswith(".json"):
             table = load_json(path)
         else:
             lines = [line.strip() for _, line in read_lines(path, "it names the classes")]
-            lines = lines[lines[0] == "__ignore__" :]  # that is no value
-            table = dict(enumerate(BACKGROUND if name == "_background_" else name for name in lines))
+            table = dict(enumerate(lines[lines[0] == "__ignore__" :]))  # that is no value
         try:
-            items = sorted((name != BACKGROUND, int(value), str(name)) for value, name in table.items())
+            table = {int(value): class_name(str(name)) for value, name in table.items()}
+            items = sorted((name != BACKGROUND, value, name) for value, name in table.items())
         except (AttributeError, ValueError) as error:
             raise UserError(f"{path}: expected a class name for each pixel value") from error
         names = [name for _, _, name in items]
@@ -327,7 +343,7 @@ def read_roboflow(export: str, files: list[str], images: str | None) -> Export:
         if not any(rows):
             raise UserError(f"{path} names no class")
         try:
-            tables[path] = {int(row[0]): row[1].strip() for row in rows if row}
+            tables[path] = {int(row[0]): class_name(row[1]) for row in rows if row}
         except (ValueError, IndexError) as error:
             raise UserError(f"{path}: expected lines of a pixel value and a class ({error})") from error
     names = list(dict.fromkeys(name for table in tables.values() for name in table.values()))

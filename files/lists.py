@@ -1,6 +1,7 @@
 """Which files are a data set's samples: lists of pairs, and folders whose images and masks have one name."""
 
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -141,8 +142,9 @@ def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
 
 
 def every_fifth(names: Iterable[str]) -> set[str]:
-    """The names that their hashes put in val."""
-    return {name for name in names if zlib.crc32(os.fsencode(name)) % 5 == 0}
+    """The names that their hashes put in val; Roboflow's augmented copies x.rf.1 and x.rf.2 stay together."""
+    photos = {name: re.sub(r"\.rf\.\w+$", "", name) for name in names}
+    return {name for name, photo in photos.items() if zlib.crc32(os.fsencode(photo)) % 5 == 0}
 
 
 def existing(path: str) -> str:

@@ -18,6 +18,7 @@ from files.exports import (
     Export,
     Notes,
     Sample,
+    class_name,
     example,
     find_image,
     known_size,
@@ -42,14 +43,17 @@ def read_labelme(export: str, files: list[str], images: str | None) -> Export:
             continue
         name = str(data.get("imagePath") or "").replace("\\", "/")
         beside = [os.path.splitext(os.path.basename(path))[0] + ending for ending in sorted(image_endings())]
-        where = [images] if images else [os.path.dirname(path)]
-        image = name and find_image(name, where, notes)
+        where = [os.path.dirname(path)]
+        if images:
+            where = [images, os.path.join(images, os.path.relpath(where[0], export))]
+        image = name and find_image(name, where, notes, bool(images))
         if not image:
             image = next(filter(None, (find_image(other, where, notes) for other in beside)), None)
             reason = "images have another name in their JSON files: taken by the names of these"
             notes.add(reason, f"{name} of {path}", bool(name and image))
         if not image:
-            notes.add("images are not beside their JSON files: left out", f"{name} of {path}")
+            place = f"in {images}" if images else "beside their JSON files"
+            notes.add(f"images are not {place}: left out", f"{name} of {path}")
             continue
         size = known_size(data.get("imageWidth"), data.get("imageHeight"), path)
         shapes = [labelme_shape(path, shape) for shape in data["shapes"]]
@@ -74,7 +78,10 @@ def labelme_shape(path: str, shape: Any) -> tuple[str, str, list, str | None]:
     """Label, type, points and mask of a shape. Raises UserError if it has no label or points."""
     try:
         points = [(float(x), float(y)) for x, y in shape["points"]]
-        return str(shape["label"]), shape.get("shape_type") or "polygon", points, shape.get("mask")
+        if shape["label"] is None:
+            raise TypeError("the label is null")
+        label, kind = class_name(str(shape["label"])), shape.get("shape_type") or "polygon"
+        return label, kind, points, shape.get("mask")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: a shape has no label or no points ({error!r})") from error
 
@@ -85,8 +92,8 @@ def labelme_labels(export: str, seen: set[str]) -> tuple[dict[str, int | None], 
     path = os.path.join(export, "labels.txt")
     names = sorted(seen)
     if os.path.exists(path):
-        names = [line.strip() for _, line in read_lines(path, "it names the labels")]
-    special = {"__ignore__": None, "_background_": 0, BACKGROUND: 0}
+        names = [class_name(line) for _, line in read_lines(path, "it names the labels")]
+    special = {"__ignore__": None, BACKGROUND: 0}
     others = [name for name in dict.fromkeys(names) if name not in special]
     return special | {name: i for i, name in enumerate(others, 1)}, [BACKGROUND, *others]
 
@@ -139,62 +146,102 @@ def stencil(mask: str) -> Image.Image:
 def read_yolo(export: str, files: list[str], images: str | None) -> Export:
     """Ultralytics' data.yaml with images/ and labels/, a polygon a line. Raises UserError if it names no
     classes, it is of keypoints, or `images` is given: the file names them."""
+    path, notes, samples = files[0], Notes(), []
+    if images:
+        raise UserError(f"{path} names the folders of the images: leave out --images {images}")
+    notes.add("other YAML files name classes, too: left out", *example(files[1:]))
+    data = load_yaml(path)
+    names = {str(key): class_name(str(name)) for key, name in data["names"].items()}
+    classes = [BACKGROUND, *dict.fromkeys(name for name in names.values() if name != BACKGROUND)]
+    numbers = {key: classes.index(name) for key, name in names.items()}
+    note_twins([classes[number] for number in numbers.values()], notes)
+    root = os.path.dirname(path) or "."
+    given = os.path.join(root, str(data.get("path") or ""))
+    is_there, own = os.path.isdir(given), os.path.join(os.path.realpath(root), "")
+    notes.add("paths of data.yaml are not there: its own folder taken", str(data.get("path")), not is_there)
+    given = given if is_there else root
+    if os.path.join(os.path.realpath(given), "").startswith(own):
+        root = given
+    entries = [
+        (key, str(entry))
+        for key in ("train", "val", "valid", "test")
+        for entry in (data[key] if isinstance(data.get(key), list) else [data.get(key)])
+        if entry
+    ]
+    folders = yolo_folders(root, given, [entry for _, entry in entries], notes)
+    for key, entry in entries:
+        for image in yolo_images(folders[entry], [root, given], notes) if entry in folders else ():
+            folder, name = os.path.split(image)
+            folder = re.sub(r"^(.*[/\\]|)images(?=[/\\]|$)", r"\1labels", folder)
+            content = (os.path.join(folder, os.path.splitext(name)[0] + ".txt"), numbers)
+            samples.append(Sample(image, SPLIT_FOLDERS[key], None, content))
+    return Export(classes, samples, draw_yolo, notes)
+
+
+def load_yaml(path: str) -> dict:
+    """A data.yaml, its `names` as a dict. Raises UserError if it is none."""
     try:
         import yaml
     except ImportError as error:
-        raise UserError(f"{files[0]} needs a package: pip install pyyaml") from error
-    path = files[0]
+        raise UserError(f"{path} needs a package: pip install pyyaml") from error
     try:
         with open(path, encoding="utf-8-sig") as file:
             data = yaml.safe_load(file)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     names = data.get("names") if isinstance(data, dict) else None
-    if isinstance(names, list):
-        names = dict(enumerate(names))
+    names = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(names, dict) or not names:
         raise UserError(f"{path} has no `names` of classes: it is no data set of YOLO's")
     if "kpt_shape" in data:
         raise UserError(f"{path} has `kpt_shape`: its labels are keypoints, and not polygons")
-    if images:
-        raise UserError(f"{path} names the folders of the images: leave out --images {images}")
-    root = os.path.dirname(path) or "."
-    given = os.path.join(root, str(data.get("path") or ""))
-    notes, samples, is_there = Notes(), [], os.path.isdir(given)  # or it is a path of another machine
-    root = given if is_there else root
-    notes.add("paths of data.yaml are not there: its own folder taken", str(data.get("path")), not is_there)
-    notes.add("other YAML files name classes, too: left out", *example(files[1:]))
-    classes = [BACKGROUND, *dict.fromkeys(str(name) for name in names.values() if name != BACKGROUND)]
-    numbers = {str(key): classes.index(str(name)) for key, name in names.items()}
-    note_twins([classes[number] for number in numbers.values()], notes)
-    for key in ("train", "val", "valid", "test"):
-        entries = data.get(key) or []
-        for entry in entries if isinstance(entries, list) else [entries]:
-            for image in yolo_images(root, str(entry), notes):
-                folder, name = os.path.split(image)
-                folder = re.sub(r"^(.*[/\\]|)images(?=[/\\]|$)", r"\1labels", folder)
-                content = (os.path.join(folder, os.path.splitext(name)[0] + ".txt"), numbers)
-                samples.append(Sample(image, SPLIT_FOLDERS[key], None, content))
-    return Export(classes, samples, draw_yolo, notes)
+    if words := [name for name in names.values() if isinstance(name, bool)]:
+        raise UserError(f"{path}: YAML reads a name as {words[0]}: put yes, no, on and off in quotes")
+    return {**data, "names": names}
 
 
-def yolo_images(root: str, entry: str, notes: Notes) -> list[str]:
-    """The images of an entry of data.yaml: a folder, or a list of files. For the folder train/images beside
-    data.yaml Roboflow writes `../train/images`, where another export may lie."""
-    forms = dict.fromkeys((entry.removeprefix("../"), entry, entry.partition("/")[2] or entry))
-    there = [path for path in (os.path.join(root, form) for form in forms) if os.path.exists(path)]
-    if not there:
-        notes.add("folders of data.yaml are not there: left out", entry)
-        return []
-    path, twice = there[0], entry.startswith("../") and len(there) > 1
-    notes.add("folders of data.yaml are also beside it: taken from there", entry, twice)
+def yolo_folders(root: str, given: str, entries: list[str], notes: Notes) -> dict[str, str]:
+    """Where each entry of data.yaml is, a folder or a list of files: below `root`, its own folder or one in
+    it, or else below `given`, the one that it names.
+
+    Its paths may be those of another machine, or of the folder that it was copied from. For train/images
+    beside it Roboflow writes `../train/images`, where another export may lie."""
+    beside = {entry: find_below(root, entry) for entry in entries}
+    for entry, here in beside.items():
+        named = os.path.join(given, entry)
+        if here:
+            twice = os.path.exists(named) and not os.path.samefile(named, here)
+            notes.add("folders of data.yaml are also beside it: taken from there", entry, twice)
+        elif not os.path.exists(named) or (entry.startswith("../") and any(beside.values())):
+            notes.add("folders of data.yaml are not there: left out", entry)
+        else:
+            notes.add("folders that data.yaml names are outside of its own: taken from there", named)
+            beside[entry] = named
+    return {entry: folder for entry, folder in beside.items() if folder}
+
+
+def find_below(folder: str, path: str) -> str | None:
+    """The file or folder below `folder` that a path stands for: without `../`, or its first folder, or, of an
+    absolute one, as many as it takes."""
+    path = path.removeprefix("../")
+    forms = [path.split("/", n)[-1] for n in range(path.count("/") + 1)]
+    forms = forms[1:] if os.path.isabs(path) else forms[:2]
+    return next(filter(os.path.exists, (os.path.join(folder, form) for form in forms)), None)
+
+
+def yolo_images(path: str, roots: list[str], notes: Notes) -> list[str]:
+    """The images in a folder, or those of a list, whose names are relative to one of `roots` or to the list;
+    those of the first come first."""
     if os.path.isdir(path):
         return [os.path.join(path, name) for _, name in sorted(images_below(path).items())]
-    found = []
+    found, where = [], [roots[0], os.path.dirname(path), *roots[1:]]
     for _, line in read_lines(path, "it names the images"):
         name = line.strip()
-        where, inner = [root, os.path.dirname(path)], name.partition("/")[2]
-        image = find_image(name, where, notes) or find_image(inner, [root], notes)
+        image = next(filter(None, (find_below(folder, name) for folder in where)), None)
+        if image is None:
+            image = find_image(name, where, notes)
+            reason = f"images of {path} are outside of the export: taken from there"
+            notes.add(reason, name, bool(image and os.path.isabs(name)))
         if image:
             found.append(image)
         else:

@@ -5,8 +5,10 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import commands.convert
 from commands.convert import convert
 from datasets import ListSegmentation, VOCSegmentation
 from files.coco import run_lengths
+from files.exports import split_in
 from files.lists import every_fifth
 from files.masks import VOC_CLASSES
 from files.pictures import voc_palette
@@ -467,6 +470,47 @@ def test_an_export_of_yolo_beside_another(tmp_path, capsys):
     assert {Path(path).parents[2].name for path in masks_of(tmp_path / "as it says")} == {"both"}
 
 
+def test_an_export_of_yolo_without_val_beside_another(tmp_path, capsys):
+    """The neighbour's val is not its own."""
+    expected = make_yolo(tmp_path / "both/one")
+    make_yolo(tmp_path / "both")
+    shutil.rmtree(tmp_path / "both/one/valid")
+    convert(str(tmp_path / "both/one"), str(tmp_path / "set"))
+    assert masks_of(tmp_path / "set").keys() == {path for path in expected if "train" in path}
+    note = "1 folders of data.yaml are not there: left out (the first: ../valid/images)"
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["path", "entries", "list"])
+def test_a_copy_of_an_export_of_yolo(kind, tmp_path, capsys):
+    """Absolute paths are those of the folder that it was copied from; what is elsewhere alone is told."""
+    expected = make_cvat_yolo(tmp_path / "old")
+    old = tmp_path / "old"
+    text = {"path": f"path: {old}\ntrain: train.txt", "entries": f"train: {old}/images/train"}
+    text["list"] = f"path: .\ntrain: {old}/train.txt"
+    write(old / "data.yaml", f"names: [cat, dog]\n{text[kind]}\n")
+    if kind == "list":
+        write(old / "train.txt", "".join(f"{path}\n" for path in expected))
+    shutil.copytree(old, tmp_path / "new")
+    convert(str(tmp_path / "new"), str(tmp_path / "set"))
+    assert masks_of(tmp_path / "set").keys() == {path.replace("/old/", "/new/") for path in expected}
+    out = capsys.readouterr().out
+    assert ("1 folders of data.yaml are also beside it: taken from there" in out) and "outside" not in out
+    for name in os.listdir(tmp_path / "new"):
+        if name != "data.yaml":
+            os.rename(tmp_path / "new" / name, tmp_path / f"{name}.gone")
+    convert(str(tmp_path / "new"), str(tmp_path / "set of old"))
+    assert masks_of(tmp_path / "set of old").keys() == expected.keys()
+    assert "folders that data.yaml names are outside of its own: taken from there" in capsys.readouterr().out
+
+
+def test_names_that_yaml_takes_for_something_else(tmp_path):
+    make_yolo(tmp_path)
+    write(tmp_path / "data.yaml", "train: train/images\nval: valid/images\nnames: [no, yes]\n")
+    with pytest.raises(UserError, match="YAML reads a name as False: put yes, no, on and off in quotes"):
+        convert(str(tmp_path), str(tmp_path / "set"))
+
+
 def test_a_yaml_file_of_another_kind(tmp_path, cli):
     """`names:` begins a line of YOLO's alone."""
     expected = make_labelme(tmp_path / "export")
@@ -553,6 +597,64 @@ def test_pascal_takes_vocs_classes_in_vocs_order(tmp_path, cli):
     assert ListSegmentation("set", "train").classes == VOC_CLASSES
 
 
+def test_ignored_of_datumaro(tmp_path):
+    """In the colour of VOC's borders: no class."""
+    expected, _ = make_export("cvat_masks", tmp_path / "export")
+    labelmap = tmp_path / "export/labelmap.txt"
+    for path, mask in expected.items():
+        name = os.path.splitext(os.path.relpath(path, tmp_path / "photos"))[0]
+        file = tmp_path / f"export/SegmentationClass/{name}.png"
+        picture = np.array(Image.open(file))
+        picture[3:5], mask[3:5] = (224, 224, 192), 255
+        Image.fromarray(picture).save(file)
+    with open(labelmap, "a") as file:
+        file.write("ignored:224,224,192::\n")
+    convert(str(tmp_path / "export"), str(tmp_path / "set"), str(tmp_path / "photos"))
+    assert "ignored" not in ListSegmentation(str(tmp_path / "set"), "train").classes
+    for path, (_, mask) in masks_of(tmp_path / "set").items():
+        np.testing.assert_array_equal(mask, expected[path])
+    with open(labelmap, "a") as file:
+        file.writelines(f"c{i}:1,{i},1::\n" for i in range(256))
+    with pytest.raises(UserError, match="labelmap.txt names 2.. classes: a mask of bytes can show 255"):
+        convert(str(tmp_path / "export"), str(tmp_path / "other"), str(tmp_path / "photos"), ["cat"])
+
+
+@pytest.mark.parametrize("kind", ["text ids", "flat polygons", "_background_", "one bad polygon"])
+def test_coco_as_other_tools_write_it(kind, tmp_path, capsys):
+    expected, _ = make_export("cvat_coco", tmp_path / "export")
+    path = tmp_path / "export/annotations/instances_default.json"
+    data = json.loads(path.read_text())
+    if kind == "_background_":  # of labelme's: a hole in others
+        data["categories"].insert(0, {"id": 0, "name": "_background_", "supercategory": None})
+        for item in data["annotations"]:
+            item["category_id"] = 0 if item["category_id"] == 7 else 3
+        expected = {key: np.where(mask == 2, 0, mask) for key, mask in expected.items()}
+    for item in data["annotations"]:
+        shape = item["segmentation"]
+        if kind == "text ids":
+            item["image_id"] = str(item["image_id"])
+        elif kind == "flat polygons" and isinstance(shape, list) and len(shape) == 1:
+            item["segmentation"] = shape[0]
+        elif kind == "one bad polygon" and isinstance(shape, list):
+            shape.append([1, None, 3, 4, 5, 6])
+    path.write_text(json.dumps(data))
+    convert(str(tmp_path / "export"), str(tmp_path / "set"))
+    found = masks_of(tmp_path / "set")
+    assert len(found) == 4
+    for image, (_, mask) in found.items():
+        np.testing.assert_array_equal(mask, expected[image])
+    out = capsys.readouterr().out
+    assert "annotations without a polygon" not in out
+    assert ("12 polygons of fewer than three points: left out" in out) == (kind == "one bad polygon")
+    if kind == "_background_":
+        assert ListSegmentation(str(tmp_path / "set"), "train").classes == ["background", "cat", "dog"]
+
+
+def test_split_is_the_last_that_a_name_has():
+    names = {"crack_test_2024_train": "train", "instances_val2017": "val", "test-dev": "test", "latest": None}
+    assert {name: split_in(name) for name in names} == names
+
+
 def spoiled_coco(root: Path, kind: str) -> None:
     make_cvat_coco(root)
     path = root / "annotations/instances_default.json"
@@ -586,6 +688,8 @@ def spoiled_coco(root: Path, kind: str) -> None:
             item["segmentation"] = []
     elif kind == "damaged":
         (root / "images/default" / images[0]["file_name"]).write_text("<html>")
+    elif kind == "panoptic":
+        data["annotations"] = [{"image_id": 40, "file_name": "40.png", "segments_info": []}]
     elif kind == "no categories":
         del data["categories"]
     path.write_text(json.dumps(data))
@@ -609,6 +713,7 @@ def spoiled_coco(root: Path, kind: str) -> None:
         ("boxes", "no object of cat, dog is in the export; 20 annotations without a polygon or RLE"),
         ("damaged", "img 30.jpg: cannot identify"),
         ("no categories", "has no 'categories'"),
+        ("panoptic", "is of COCO's panoptic kind: export instances or semantic masks"),
     ],
 )
 def test_a_coco_json_that_is_not_as_it_should_be(kind, message, tmp_path, cli):
@@ -822,6 +927,16 @@ def test_a_conversion_that_was_cut_begins_anew(tmp_path, monkeypatch):
     assert len(masks_of(root)) == len(expected)
     with pytest.raises(UserError, match="set has masks already"):
         convert(export, str(root))
+    (root / ".converting").mkdir()  # of a kill when all was moved
+    with pytest.raises(UserError, match="set has masks already"):
+        convert(export, str(root))
+    own = tmp_path / "own/masks/mine.png"  # of somebody's own, beside what a kill before that has left
+    own.parent.mkdir(parents=True)
+    own.touch()
+    (tmp_path / "own/.converting/masks").mkdir(parents=True)
+    with pytest.raises(UserError, match="own has masks already"):
+        convert(export, str(tmp_path / "own"))
+    assert own.exists() and len(masks_of(root)) == len(expected)
 
 
 @pytest.mark.parametrize("kind", ["coco", "cvat_coco", "cvat_masks", "roboflow_masks", "labelme", "yolo"])
@@ -906,6 +1021,86 @@ def test_val_stays_when_other_folders_come(images, tmp_path):
         val = [path for path, (split, _) in masks_of(tmp_path / f"{export} set").items() if split == "val"]
         found.append({"/".join(Path(path).with_suffix("").parts[-2:]) for path in val})
     assert found == [every_fifth(names[:20]), every_fifth(names)] and all(found)
+
+
+def test_augmented_copies_of_a_photo_are_in_one_split(tmp_path):
+    """Roboflow's; a hash of each copy would put some in val, whose photo is trained on."""
+    for number in range(40):
+        for copy in ("0a1b", "77fe"):
+            labelme_file(tmp_path / f"export/IMG_{number}_jpg.rf.{number}{copy}.json", "cat")
+    convert(str(tmp_path / "export"), str(tmp_path / "set"))
+    parts = {"train": set(), "val": set()}
+    for path, (split, _) in masks_of(tmp_path / "set").items():
+        parts[split].add(Path(path).name.partition(".")[0])
+    assert len(parts["val"]) > 2 and not parts["train"] & parts["val"]
+
+
+@pytest.mark.parametrize("kind", ["labelme", "coco"])
+def test_images_are_the_named_folders_own(kind, tmp_path, capsys):
+    """Paths that lead out of --images do not bring the images back that it replaces."""
+    expected = make_export(kind, tmp_path / "export")[0]
+    for path in expected:
+        photo(tmp_path / "new" / os.path.basename(path))
+    for file in (tmp_path / "export").rglob("*.json"):
+        data = json.loads(file.read_text())
+        if kind == "labelme":
+            data["imagePath"] = f"../export/{data['imagePath']}"
+        for image in data.get("images", ()):
+            folder = "train2017" if "train" in file.name else "val2017"
+            image["file_name"] = str(tmp_path / "export" / folder / image["file_name"])
+        write(file, json.dumps(data))
+    convert(str(tmp_path / "export"), str(tmp_path / "old set"))
+    assert masks_of(tmp_path / "old set").keys() == expected.keys()
+    capsys.readouterr()
+    convert(str(tmp_path / "export"), str(tmp_path / "set"), str(tmp_path / "new"))
+    assert {os.path.dirname(path) for path in masks_of(tmp_path / "set")} == {str(tmp_path / "new")}
+    note = f"{len(expected)} images are not in the folders that the export names: taken by their file names"
+    assert note in capsys.readouterr().out
+
+
+def test_labelme_with_images_in_the_same_folders(tmp_path):
+    """json/train/0.json and images/train/0.jpg."""
+    for name in ("train/0", "train/1", "val/0"):
+        labelme_file(tmp_path / f"json/{name}.json", "cat")
+        os.renames(tmp_path / f"json/{name}.jpg", tmp_path / f"images/{name}.jpg")
+    convert(str(tmp_path / "json"), str(tmp_path / "set"), str(tmp_path / "images"))
+    found = {
+        os.path.relpath(path, tmp_path): split for path, (split, _) in masks_of(tmp_path / "set").items()
+    }
+    assert found == {f"images/{name}.jpg": name.split("/")[0] for name in ("train/0", "train/1", "val/0")}
+
+
+def test_labelme_folder_that_is_a_link(tmp_path):
+    """`..` is then the folder beside what it links to."""
+    for name in "abc":
+        labelme_file(tmp_path / f"disk/json/{name}.json", "cat")
+        os.renames(tmp_path / f"disk/json/{name}.jpg", tmp_path / f"disk/images/{name}.jpg")
+        text = (tmp_path / f"disk/json/{name}.json").read_text()
+        write(tmp_path / f"disk/json/{name}.json", text.replace(f"{name}.jpg", f"../images/{name}.jpg"))
+        photo(tmp_path / f"home/images/{name}.jpg")  # another picture
+    (tmp_path / "home/json").symlink_to(tmp_path / "disk/json")
+    for root in ("set", "set without the others"):
+        convert(str(tmp_path / "home/json"), str(tmp_path / root))
+        assert {os.path.dirname(path) for path in masks_of(tmp_path / root)} == {
+            str(tmp_path / "disk/images")
+        }
+        shutil.rmtree(tmp_path / "home/images", ignore_errors=True)
+
+
+def test_names_in_two_forms_of_unicode_are_one_class(tmp_path):
+    for i, form in enumerate(("NFC", "NFD", "NFD")):
+        labelme_file(tmp_path / f"export/{i}.json", unicodedata.normalize(form, "fenêtre"))
+    name = unicodedata.normalize("NFD", "fenêtre")
+    for root, wanted in (("set", None), ("chosen", [name])):
+        convert(str(tmp_path / "export"), str(tmp_path / root), wanted=wanted)
+        assert ListSegmentation(str(tmp_path / root), "train").classes == ["background", "fenêtre"]
+        assert all(mask.any() for _, mask in masks_of(tmp_path / root).values())
+
+
+def test_label_that_is_null(tmp_path):
+    labelme_file(tmp_path / "export/0.json", None)
+    with pytest.raises(UserError, match="0.json: a shape has no label or no points .*the label is null"):
+        convert(str(tmp_path / "export"), str(tmp_path / "set"))
 
 
 def test_labelme_at_any_depth(tmp_path):
