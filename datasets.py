@@ -6,6 +6,7 @@ whole, training a random crop. `collate` pads samples to one size; the model nor
 
 import multiprocessing
 import os
+import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -131,6 +132,17 @@ class SegmentationDataset(Dataset):
         uses = Counter(mask for _, mask in self.pairs)
         paths = [mask if mask and uses[mask] == 1 else image for image, mask in self.pairs]
         return unique_names(paths, taken=("samples",))
+
+    def fingerprint(self) -> str:
+        """What tells the samples from others: a checksum of their names, the lengths of the images' files and
+        the contents of the masks."""
+        crc = 0
+        for name, (image, mask) in sorted(zip(self.names, self.pairs, strict=True)):
+            crc = zlib.crc32(os.fsencode(f"{name} {os.path.getsize(image)}"), crc)
+            if mask:
+                with open(mask, "rb") as file:
+                    crc = zlib.crc32(file.read(), crc)
+        return f"{crc:08x}"
 
     def save(self, folder: str, index: int, labels: np.ndarray) -> str:
         """Write predicted labels (H, W), as a palette PNG; returns its path."""
@@ -390,6 +402,13 @@ class TrainBatches(Sampler):
 
     def __len__(self) -> int:
         return self.max_iter - self.start
+
+    def images(self, start: int, end: int) -> int:
+        """The number of images in these iterations of all processes; an epoch's last batch can be smaller."""
+        an_epoch = min(self.length, self.per_epoch * self.batch_size)
+        places = (divmod(iteration, self.per_epoch) for iteration in (start, end))
+        first, last = (epoch * an_epoch + within * self.batch_size for epoch, within in places)
+        return last - first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order_of = None

@@ -27,7 +27,6 @@ import argparse
 import math
 import time
 import zlib
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -196,7 +195,7 @@ def start(
     run: Run,
     batches: TrainBatches,
     data: SegmentationDataset,
-    val_names: Sequence[str],
+    val_data: str,
 ) -> Training:
     """The state of a new run or of a resumed one. `options` are the model's, `initial` is the checkpoint of
     --init. Raises UserError if the weights or the checkpoint to start from cannot be used."""
@@ -212,6 +211,10 @@ def start(
     model = deeplab.build(pretrained=not (args.scratch or resume or initial), **options)
     model.classes, model.palette, model.reading = data.classes, data.palette, data.reading
     if initial and not resume:
+        if any(os.path.samefile(saved.path, args.init) for saved in run.saved()):
+            raise UserError(
+                f"--init {args.init} is of --exp {run.exp}, which begins anew: choose another --exp"
+            )
         checkpoints.init_weights(model, initial, args.init)
     model.fit_bn_momentum(batches.max_iter)
     if args.freeze_bn and num_groups:
@@ -230,7 +233,7 @@ def start(
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
-    sets = {"images": len(data), "per_epoch": batches.per_epoch, "val_names": val_names}
+    sets = {"images": len(data), "per_epoch": batches.per_epoch, "val_data": val_data}
     training = Training(model, optimizer, scaler, flags=vars(args), labels=data.labels, **sets)
     if resume:
         training.resume(resume)
@@ -253,14 +256,15 @@ def mean_loss(loss_sum: Tensor, iterations: int, done: int, model: DeepLabv3 | N
     return loss
 
 
-def report(row: dict, mean_iou: float | None, bar: tqdm, args: argparse.Namespace) -> None:
-    """Show a row of the log on the bar, or as a line of text where the output is no terminal."""
+def report(row: dict, mean_iou: float | None, bar: tqdm, epochs: int, images: int) -> None:
+    """Show a row of the log on the bar, or, where the output is no terminal, as a line of text with the time
+    that is left for so many `images`."""
     rate = row["images_per_second"]
     status = f"loss {row['loss']:.4f}, lr {row['lr']:.2g}, {rate:.1f} img/s, mean IoU {percent(mean_iou)}"
     bar.set_postfix_str(status)
     if bar.disable:
-        left = timedelta(seconds=round((bar.total - row["iteration"]) * args.batch_size / rate))
-        progress = f"epoch {row['epoch']}/{args.epochs}, iteration {row['iteration']}/{bar.total}"
+        left = timedelta(seconds=round(images / rate))
+        progress = f"epoch {row['epoch']}/{epochs}, iteration {row['iteration']}/{bar.total}"
         print(f"{progress}, {status}, {left} left", flush=True)
 
 
@@ -312,7 +316,7 @@ def open_run(
         print(f"{len(both)} images to validate are trained on, too, {min(both)} is one")
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
-    state = start(args, device, options, initial, run, batches, train_set, val_set.names)
+    state = start(args, device, options, initial, run, batches, train_set, val_set.fingerprint())
     val_set.stride = state.model.padded_stride
     return run, state, batches, criterion.to(device), train_set, val_set
 
@@ -349,15 +353,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             continue
         row = {"epoch": iteration // per_epoch + 1, "iteration": done, "lr": lr, "per_epoch": per_epoch}
         row["loss"] = mean_loss(loss_sum, done - logged, done, model if saves else None)
-        row["images_per_second"] = (done - logged) * batches.batch_size / (time.perf_counter() - began)
-        report(row, mean_iou, bar, args)
+        row["images_per_second"] = batches.images(logged, done) / (time.perf_counter() - began)
+        report(row, mean_iou, bar, args.epochs, batches.images(done, max_iter))
         path = run.checkpoint(epochs_done, 0 if validates else done)
         state.epoch, state.iteration = epochs_done, done
         if log:
             log.write(row)  # before the checkpoint: a run resumed from it finds it there
             if saves:
                 state.save(path)
-                run.prune(path, args.keep, state.best)
+                run.prune(path, args.keep, state.best_epochs)
         command = "without --train evaluates it" if done == max_iter else "with --resume auto continues it"
         hint = f"{path} is saved: the same command {command}"
         if stops:
@@ -369,7 +373,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
             if log:
                 log.write(row, picture)
-                run.prune(path, args.keep, state.best)
+                run.prune(path, args.keep, state.best_epochs)
             if out_of_patience(args, state):
                 break
         loss_sum, logged, began = 0, done, time.perf_counter()
@@ -407,7 +411,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = shapes <= FEW_SHAPES
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
-    model, folder = model.fuse(), results_folder(path, args.split, args.data_root)
+    model, folder = model.fuse(), results_folder(path, args.split, vars(args))
     with ExitStack() as stack:
         if args.compile:
             from torch._dynamo import config as dynamo  # takes seconds, so only where it is used

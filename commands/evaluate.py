@@ -32,6 +32,7 @@ from utils import (
 )
 
 RESULTS = ("samples.png", "report.html", "per_image.csv", "metrics.json")
+COMPARED = ("scales", "flip", "tile", "overlap", "amp", "output_stride")  # flags that change results
 COUNTED = 1 << 22  # pixels that are counted at once, in integers of 64 bits
 
 
@@ -263,9 +264,10 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def results_folder(checkpoint: str, split: str, root: str) -> str:
-    """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name.
-    Raises UserError if the results of another file are there, or those on a data set not at `root`."""
+def results_folder(checkpoint: str, split: str, flags: dict) -> str:
+    """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name. Says
+    so if they replace those of other flags. Raises UserError if the results of another file are there, or
+    those on a data set that is not at --data_root."""
     path = os.path.relpath(checkpoint, "data")
     if path.startswith(os.pardir):
         path = os.path.basename(checkpoint)
@@ -276,12 +278,16 @@ def results_folder(checkpoint: str, split: str, root: str) -> str:
             with open(path, encoding="utf-8") as file:
                 about = json.load(file)
             other, other_root = str(about["checkpoint"]), str(about["flags"]["data_root"])
+            keys = [key for key in COMPARED if about["flags"].get(key) != flags.get(key)]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path} is of no evaluation: move that folder") from error
         if os.path.realpath(other) != os.path.realpath(checkpoint):
             raise UserError(f"{folder} has the results of {other}: move or rename one of the two")
-        if os.path.realpath(other_root) != os.path.realpath(root):
-            raise UserError(f"{folder} has the results on {other_root}: move or rename that folder")
+        if os.path.realpath(other_root) != os.path.realpath(flags["data_root"]):
+            raise UserError(f"{folder} has the results on {other_root}: move or rename {folder}")
+        if keys:
+            changed = ", ".join(f"--{key} {about['flags'].get(key)} to {flags.get(key)}" for key in keys)
+            print(f"replaces the results in {folder}, of other flags: {changed}")
     return folder
 
 

@@ -127,9 +127,9 @@ def plot_run(path: str, rows: Sequence[dict]) -> None:
     figure = make_figure(8, 8)
     panels = zip(figure.subplots(3, 1, sharex=True), ("loss", "lr", "val_mean_iou"), strict=True)
     for axes, column in panels:
-        points = [(row["iteration"], float(row[column])) for row in rows if row[column]]
+        points = [(row["iteration"] / row["per_epoch"], float(row[column])) for row in rows if row[column]]
         axes.plot(*np.reshape(points, (-1, 2)).T, marker="." if len(points) < 50 else "")
         axes.set(ylabel=column)
         axes.grid(alpha=0.3)
-    axes.set(xlabel="iteration")
+    axes.set(xlabel="epoch")
     save_figure(path, figure)

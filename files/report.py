@@ -13,7 +13,7 @@ from PIL import Image
 
 from files.pictures import Palette
 from files.pixels import shrink
-from files.runs import checkpoint_place, log_beside, parse_rows
+from files.runs import checkpoint_place, log_beside, parse_rows, place, reaches
 from files.whole import write_whole
 from utils import IGNORE_INDEX, percent
 
@@ -97,17 +97,20 @@ def as_text(value: object) -> str:
 
 
 def curves(checkpoint: str) -> dict | None:
-    """The log of the run that wrote a checkpoint, as points (iteration, value), and the checkpoint's own
-    iteration; None without a log."""
+    """The log of the run that wrote a checkpoint, as points (epoch, value), and the checkpoint's own place;
+    None without a log, or with one of another run, which does not reach it."""
     log = log_beside(checkpoint)
     rows = parse_rows(Path(log).read_bytes())[0] if log else []
     if not rows:
         return None
     epoch, iteration = checkpoint_place(checkpoint)
-    here = iteration or max((row["iteration"] for row in rows if row["epoch"] <= epoch), default=0)
+    lengths = [row["per_epoch"] for row in rows if row["epoch"] <= epoch + 1]
+    here = iteration / lengths[-1] if iteration and lengths else epoch
+    if not reaches(rows, here):
+        return None
 
-    def points(column: str) -> list[tuple[int, float]]:
-        return [(row["iteration"], float(row[column])) for row in rows if row[column]]
+    def points(column: str) -> list[tuple[float, float]]:
+        return [(round(float(place(row)), 4), float(row[column])) for row in rows if row[column]]
 
     return {"here": here, "loss": points("loss"), "lr": points("lr"), "mean_iou": points("val_mean_iou")}
 

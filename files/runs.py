@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from files.pictures import plot_run
-from files.training import Best, Training
+from files.training import Training
 from files.whole import free_name, lock, write_whole
 from utils import UserError
 
@@ -57,25 +57,30 @@ class Run(NamedTuple):
         found = [match for name in names if (match := re.fullmatch(pattern, name))]
         return sorted(Saved(int(match[1]), int(match[2] or 0), f"{folder}/{match[0]}") for match in found)
 
-    def prune(self, newest: str, keep: int | None, best: Best | None) -> None:
+    def prune(self, newest: str, keep: int | None, best: set[int]) -> None:
         """Delete the checkpoints within epochs, which `newest` replaces, and with `keep` all but the `keep`
-        newest and the best."""
+        newest and those of the epochs `best`."""
         others = [saved for saved in self.saved() if saved.path != newest]  # none is newer: see `RunLog`
         old = [saved for saved in others if saved.iteration]
         if keep:
             whole = [saved for saved in others if not saved.iteration]
-            best_epoch = best.epoch if best else None
-            old += [saved for saved in whole[: max(0, len(whole) + 1 - keep)] if saved.epoch != best_epoch]
+            old += [saved for saved in whole[: max(0, len(whole) + 1 - keep)] if saved.epoch not in best]
         for saved in old:
             with suppress(FileNotFoundError):
                 os.remove(saved.path)
 
     def best(self) -> Saved:
-        """The checkpoint of the best validation in the log. Raises UserError if there is none."""
+        """The checkpoint of the best validation in the log. Raises UserError if there is none, or the log is
+        of another run."""
         log, rows = f"data/{self.name}.csv", []
         if os.path.exists(log):
             with open(log, "rb") as file:
-                rows = [row for row in parse_rows(file.read())[0] if row["val_mean_iou"]]
+                rows = parse_rows(file.read())[0]
+        newest = self.saved()[-1:]
+        if newest and not reaches(rows, newest[0].epoch):
+            found = f"{log} ends before {newest[0].path}, so it is the log of another run"
+            raise UserError(f"--best: {found}: name a file by --checkpoint")
+        rows = [row for row in rows if row["val_mean_iou"]]
         if not rows:
             raise UserError(f"--best: no validation is in {log}; without --best the newest is taken")
         rows = [row for row in rows if row["val_set"] in ("", rows[-1]["val_set"])]  # others do not compare
@@ -99,8 +104,10 @@ def find_checkpoint(
 ) -> str:
     """The checkpoint of an experiment after `epoch` epochs, or that of the best validation, or the newest;
     without `backbone`, on any. Raises UserError if there is none, or if several backbones have one."""
-    found = []
-    for name in [backbone] if backbone else backbones(dataset, exp):
+    found, names = [], [backbone] if backbone else backbones(dataset, exp)
+    if best and len(names) > 1:
+        raise UserError(f"--exp {exp} has runs on {' and '.join(names)}: choose one by --backbone")
+    for name in names:
         run = Run(name, dataset, exp)
         saved = [run.best()] if best else run.saved()
         found += [item.path for item in saved if epoch is None or item[:2] == (epoch, 0)][-1:]
@@ -154,12 +161,7 @@ class RunLog:
         for saved in run.named_after_checkpoints("data", r"\.pth\.\d+\.\d+\.tmp"):
             os.remove(saved.path)  # a kill left it
         rows = self.set_aside()
-        for row in rows:
-            if row["val_mean_iou"] and row["val_set"] in ("", training.val_set):
-                training.note_validation(row["epoch"], float(row["val_mean_iou"]))
-        at_end = training.resumed and re.search(r"_epoch\d+\.pth$", training.resumed.path)
-        if at_end and training.epoch not in training.validations:  # a stop came between
-            print(f"{training.resumed.path} was not validated: --best, --keep and --patience pass it over")
+        self.match_validations(rows)
         text = to_text(rows)
         self.file.seek(0)
         same = self.file.read(len(text)) == text
@@ -167,7 +169,30 @@ class RunLog:
         self.file.write(b"" if same else text)
         self.file.flush()
         if tensorboard:
-            self.board = SummaryWriter(f"data/runs/{run.name}", purge_step=training.iteration + 1)
+            self.board = SummaryWriter(
+                f"data/runs/{run.name}", purge_step=training.iteration + training.offset + 1
+            )
+
+    def match_validations(self, rows: list[dict]) -> None:
+        """Let the rows and the checkpoint that the run continues tell of the same validations: each can have
+        some that the other lacks."""
+        training, before = self.training, {}
+        for row in (row for row in rows if row["val_mean_iou"]):
+            if row["val_set"] in ("", training.val_set):
+                training.note_validation(row["epoch"], float(row["val_mean_iou"]))
+            else:
+                before.setdefault(row["val_set"], []).append((float(row["val_mean_iou"]), -row["epoch"]))
+        training.kept |= {-max(found)[1] for found in before.values()}
+        validated = {row["epoch"] for row in rows if row["val_mean_iou"]}
+        at_end = training.resumed and re.search(r"_epoch\d+\.pth$", training.resumed.path)
+        if at_end and training.epoch not in {*validated, *training.validations}:  # a stop came between
+            print(f"{training.resumed.path} was not validated: --best, --keep and --patience pass it over")
+        for epoch in (
+            training.validations.keys() - validated
+        ):  # the log was not copied with the checkpoint, say
+            row = {"epoch": epoch, "iteration": epoch * training.per_epoch, "per_epoch": training.per_epoch}
+            rows.append({**row, "val_mean_iou": training.validations[epoch], "val_set": training.val_set})
+        rows.sort(key=place)
 
     def set_aside(self) -> list[dict]:
         """Move what is not this run's to data/old; returns the rows that are, up to where it continues."""
@@ -181,12 +206,14 @@ class RunLog:
         beyond = [item.path for item in saved if not continued or item[:2] > continued[0][:2]]
         end = Fraction(resumed.iteration, resumed.per_epoch) if resumed else 0
         own, lost, what = [], rows, f"what an earlier run of --exp {run.exp} left"
-        if continued:
+        if continued and reaches(rows, end):
             what = f"what --exp {run.exp} had beyond {resumed.path}"
             own, lost = rows, [row for row in rows if place(row) > end]
             # The rows of a killed run are not lost if this one writes them again.
             if all(row["per_epoch"] == self.training.per_epoch for row in lost):
                 lost = [row for row in lost if place(row) > self.training.flags["epochs"]]
+        elif continued:
+            what = f"the log of another run of --exp {run.exp}, which does not reach {resumed.path},"
         else:
             beyond += filter(os.path.exists, [f"data/{run.name}.png", f"data/runs/{run.name}"])
             if log := resumed and log_beside(resumed.path):  # another run's
@@ -216,11 +243,12 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
         if self.board:
+            step = row["iteration"] + self.training.offset
             for name in ["val_mean_iou"] if again else ["lr", "loss", "images_per_second"]:
                 if row.get(name) is not None:
-                    self.board.add_scalar(name, row[name], row["iteration"])
+                    self.board.add_scalar(name, row[name], step)
             if samples:
-                self.board.add_image("samples", np.array(samples), row["iteration"], dataformats="HWC")
+                self.board.add_image("samples", np.array(samples), step, dataformats="HWC")
             self.board.flush()
         if self.plots and again:
             self.file.seek(0)
@@ -235,6 +263,12 @@ class RunLog:
 def place(row: dict) -> Fraction:
     """Where in the run a row of the log is: the number of epochs that were done."""
     return Fraction(row["iteration"], row["per_epoch"])
+
+
+def reaches(rows: list[dict], end: Fraction | float) -> bool:
+    """Whether rows, if any, can be of a run that has saved a checkpoint there: each epoch has a row, and a
+    kill can lose the last."""
+    return not rows or place(rows[-1]) + 1 >= end
 
 
 def to_text(rows: list[dict], header: bool = True, columns: list[str] = COLUMNS) -> bytes:
@@ -274,6 +308,8 @@ def parse_rows(data: bytes, per_epoch: int | None = None) -> tuple[list[dict], b
                 row["per_epoch"] = max(1, int(row["per_epoch"] or per_epoch or 1))
                 row.update(epoch=int(row["epoch"]), iteration=int(row["iteration"]))
                 numbers = [row["lr"], row["loss"], row["val_mean_iou"] or 0]
+                if row["val_mean_iou"]:  # a validation that a checkpoint alone told has no loss
+                    numbers = [number or 0 for number in numbers]
                 if all(math.isfinite(float(number)) for number in numbers):
                     rows.append(row)
             except ValueError:

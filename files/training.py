@@ -1,8 +1,6 @@
 """The state of a training run, and the checkpoints that it is saved to and resumed from."""
 
-import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from files.whole import write_whole
 from utils import IGNORE_INDEX, UserError
 
 # Flags whose change in a resumed run is printed; the last are those of its validations.
-VALIDATION_FLAGS = ["scales", "flip", "tile", "overlap"]
+VALIDATION_FLAGS = ["scales", "flip", "tile", "overlap"]  # the last is for tiles
 RUN_FLAGS = ["dataset", "data_root", "crop_size", "epochs", "batch_size", "base_lr", "last_mult", "freeze_bn"]
 RUN_FLAGS += ["seed", "train_list", "accum", "amp", "class_weights", "top_k", "dice", "label_smoothing"]
 RUN_FLAGS += ["color_jitter", *VALIDATION_FLAGS]
@@ -52,10 +50,13 @@ class Training:
         images, per_epoch: length of an epoch in images and in iterations.
         flags: of the run, by name.
         labels: what the pixels of the masks mean.
-        val_names: of the images to validate.
+        val_data: what tells the samples to validate from others.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
         validations: the mean IoU after each epoch that was validated.
+        kept: the best epochs of other images, or of validations that were done in another way.
+        offset: the number of steps that were taken is so much higher than `iteration`, since an epoch had
+            another number of iterations.
         resumed: the checkpoint that the run continues.
     """
 
@@ -66,23 +67,31 @@ class Training:
     per_epoch: int
     flags: dict
     labels: Labels
-    val_names: Sequence[str]
+    val_data: str
     epoch: int = 0
     iteration: int = 0
     validations: dict[int, float] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
+    offset: int = 0
     resumed: Resumed | None = None
 
     @property
     def val_set(self) -> str:
-        """What tells the images to validate, and how that is done, from others."""
-        flags = [str(self.flags.get(key)) for key in VALIDATION_FLAGS]
-        return f"{zlib.crc32(os.fsencode('|'.join([*sorted(self.val_names), *flags]))):08x}"
+        """What tells the samples to validate, and how that is done, from others."""
+        keys = VALIDATION_FLAGS if self.flags.get("tile") else VALIDATION_FLAGS[:2]
+        flags = [str(self.flags.get(key)) for key in keys]
+        return f"{zlib.crc32('|'.join([self.val_data, *flags]).encode()):08x}"
 
     @property
     def best(self) -> Best | None:
         """The first of the best validations, if there is one."""
         found = (Best(*item) for item in sorted(self.validations.items()))
         return max(found, key=lambda best: best.mean_iou, default=None)
+
+    @property
+    def best_epochs(self) -> set[int]:
+        """The epochs whose checkpoints stay."""
+        return self.kept | ({self.best.epoch} if self.best else set())
 
     @property
     def waited(self) -> int:
@@ -104,6 +113,8 @@ class Training:
             "images": self.images,
             "per_epoch": self.per_epoch,
             "validations": self.validations,
+            "kept": sorted(self.kept),
+            "steps": self.iteration + self.offset,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "flags": self.flags,
@@ -142,6 +153,8 @@ class Training:
             self.resumed = Resumed(path, iteration, per_epoch)
             iteration = iteration * self.per_epoch // per_epoch
             self.iteration = max(iteration, self.epoch * self.per_epoch)
+            self.offset = int(checkpoint.get("steps", self.resumed.iteration)) - self.iteration
+            self.kept = set(map(int, checkpoint.get("kept", ())))
             validations = checkpoint.get("validations", {best[0]: best[1]} if best else {})
             self.validations = {int(epoch): float(value) for epoch, value in validations.items()}
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -150,8 +163,10 @@ class Training:
             shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
             print(f"the run continues with other flags: {shown}")
         if self.validations and checkpoint.get("val_set", self.val_set) != self.val_set:
-            self.validations = {}
-            print("validates other images, or in another way: the mean IoUs before do not count any more")
+            best, self.validations = self.best, {}
+            self.kept.add(best.epoch)
+            found = "validates other images or masks, or in another way: the mean IoUs before do not count"
+            print(f"{found} any more (--keep leaves the best of them, that of epoch {best.epoch})")
         now = torch.get_num_threads()
         before = checkpoint.get("threads", now)
         if before != now and next(self.model.parameters()).device.type == "cpu":

@@ -38,6 +38,8 @@ from files.masks import Labels
 from files.pictures import voc_palette
 from utils import UserError
 
+ROOT = {"data_root": "set"}
+
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
@@ -344,7 +346,7 @@ def test_metrics_that_no_evaluation_has_written(tmp_path, monkeypatch, content):
     (tmp_path / "data/val/x").mkdir(parents=True)
     (tmp_path / "data/val/x/metrics.json").write_text(content)
     with pytest.raises(UserError, match="data/val/x/metrics.json is of no evaluation"):
-        results_folder("data/x.pth", "val", "set")
+        results_folder("data/x.pth", "val", ROOT)
 
 
 def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path):
@@ -360,8 +362,8 @@ def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path
         ("RUN_epoch3.pth", "data/val/RUN_epoch3"),  # it lies elsewhere: by its name alone
         ("/elsewhere/v1.5.pth", "data/val/v1.5"),
     ):
-        assert results_folder(path, "val", "set") == folder
-    assert results_folder("data/x.pth", "test", "set") == "data/test/x"
+        assert results_folder(path, "val", ROOT) == folder
+    assert results_folder("data/x.pth", "test", ROOT) == "data/test/x"
 
     paths = ["data/RUN_epoch3.pth", "data/old/x-1/RUN_epoch3.pth"]
     for path in paths:
@@ -369,9 +371,9 @@ def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path
         spoil("none", tmp_path / path)
     for path in [*paths, paths[0]]:
         status, out, _ = cli("--checkpoint", path, *smallest)
-        assert status == 0 and f"metrics.json are in {results_folder(path, 'val', 'set')}\n" in out
+        assert status == 0 and f"metrics.json are in {results_folder(path, 'val', ROOT)}\n" in out
     for path in paths:
-        folder = Path(results_folder(path, "val", "set"))
+        folder = Path(results_folder(path, "val", ROOT))
         assert json.loads((folder / "metrics.json").read_text())["checkpoint"] == path
         assert {"val0.png", "val1.png", "val2.png", "per_image.csv"} <= set(os.listdir(folder))
 
@@ -541,6 +543,14 @@ def test_evaluation_that_is_cut_leaves_no_report_of_another(cli, trained, monkey
     assert status == 1 and one_line(err) and "has the results on" in err
     status, out, _ = cli(*flags)
     assert status == 0 and "earlier evaluation" not in out and not list(folder.glob("*.old"))
+
+
+def test_results_of_other_flags_are_told(cli, trained):
+    """Before they are replaced."""
+    flags = ["--checkpoint", trained[0], "--dataset", "custom", "--data_root", trained[1]]
+    for more, told in (([], ""), ([], ""), (["--flip"], "--flip False to True"), (["--flip"], "")):
+        status, out, _ = cli(*flags, *more)
+        assert status == 0 and ("replaces the results" in out) == bool(told) and told in out
 
 
 def test_files_of_an_earlier_evaluation_are_told(cli, trained):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -131,10 +132,15 @@ def test_curves_of_the_log(tmp_path, monkeypatch):
     assert curves("x_epoch2.pth") is None and curves("other.pth") is None
     Path("x.csv").write_text(f"{LOG}a note of somebody\n")
     found = curves("x_epoch2.pth")
-    assert found["here"] == 4 and found["loss"] == [(2, 3.5), (4, 2.5), (6, 1.5)]
-    assert found["mean_iou"] == [(4, 0.25), (6, 0.5)]
-    assert curves("x_epoch2_iter5.pth")["here"] == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]  # no copy: only training writes the log
+    assert found["here"] == 2 and found["loss"] == [(1, 3.5), (2, 2.5), (3, 1.5)]
+    assert found["mean_iou"] == [(2, 0.25), (3, 0.5)]
+    assert curves("x_epoch2_iter5.pth")["here"] == 2.5
+    shutil.copy("x.csv", "y.csv")
+    assert curves("y_epoch5.pth") is None  # the log of another run, which ended before
+    with open("y.csv", "a") as file:  # resumed with batches of twice the size
+        file.write("4,4,0.1,1.25,0.75,9,1,\n")
+    assert curves("y_epoch4.pth")["loss"][-2:] == [(3, 1.5), (4, 1.25)]
+    assert sorted(os.listdir()) == ["x.csv", "y.csv"]  # no copy: only training writes the log
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +179,7 @@ def test_page_of_an_evaluation(evaluation):
     assert sum(columns["share of pixels"]) == pytest.approx(1)
     assert data["figures"][0] == ["Mean IoU", f"{100 * result['mean_iou']:.2f}"]
     assert ["--overlap", "0.0"] in data["about"] and "--flip" not in dict(data["about"])
-    assert ["--dataset", "custom"] in data["about"] and data["curves"]["here"] == 4
+    assert ["--dataset", "custom"] in data["about"] and data["curves"]["here"] == 2
 
     total, (_, *rows) = np.zeros((3, 3), int), csv.reader((folder / "per_image.csv").read_text().splitlines())
     for i, (image, row) in enumerate(zip(data["images"], rows, strict=True)):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NETWORK, make_list_dataset, one_line, same_weights
+from conftest import NETWORK, SMALL, make_list_dataset, one_line, same_weights
 from PIL import Image
 from processes import narrow
 from torch import nn
@@ -172,7 +172,7 @@ def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused)
     for seed in (0, 1):
         take_step(models[0], optimizers[0], OFF, seed)
     models[1].load_state_dict(models[0].state_dict())
-    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS, []).load_momentum(optimizers[0].state_dict())
+    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS, "").load_momentum(optimizers[0].state_dict())
     assert all(group["fused"] is fused for group in optimizers[1].param_groups)
     for model, optimizer in zip(models, optimizers, strict=True):
         take_step(model, optimizer, OFF, 2)
@@ -208,7 +208,7 @@ def test_momentum_of_what_is_trained_with_and_without_frozen_norms():
         model = with_norms()
         for norm in (model.bn, model.aspp.bn):
             norm.requires_grad_(not frozen)
-        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS, [])
+        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS, "")
 
     def momentum(training: Training) -> dict[str, torch.Tensor]:
         named, state = training.model.named_parameters(), training.optimizer.state
@@ -283,7 +283,7 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
         entries = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
         entries["optimizer"] = optimizer.state_dict()
         monkeypatch.setattr(checkpoints, "read", lambda path: entries)
-        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS, [])
+        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS, "")
         training.resume("x.pth")
         assert training.resumed == Resumed("x.pth", iteration, per_epoch_before)
         return training.epoch, training.iteration
@@ -298,7 +298,7 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
             assert 4 * per_epoch <= place(4, iteration, 10, per_epoch)[1] < 5 * per_epoch
 
 
-@pytest.mark.parametrize("change", ["images", "--flip"])
+@pytest.mark.parametrize("change", ["images", "masks", "other images of these names", "--flip"])
 def test_validations_that_do_not_compare_begin_anew(cli, smallest, tmp_path, monkeypatch, change):
     """On other images, or done in another way: the best before is neither waited for, nor taken."""
     found = iter([0.9, 0.8, 0.3, 0.2])
@@ -307,15 +307,103 @@ def test_validations_that_do_not_compare_begin_anew(cli, smallest, tmp_path, mon
     monkeypatch.setattr(main, "evaluate", lambda *_: ({**result, "mean_iou": next(found)}, details))
     flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
     assert cli(*flags, "--epochs", 1)[0] == 0
+    flags += ["--overlap", 0.5]  # which means nothing without --tile
     assert "do not count" not in cli(*flags, "--epochs", 2)[1]
     lists = tmp_path / "set/list/val.txt"
     if change == "images":
         lists.write_text("\n".join(lists.read_text().splitlines()[1:]))
+    elif change == "masks":
+        Image.fromarray(np.full((60, 80), 2, np.uint8)).save(tmp_path / "set/masks/val1.png")
+    elif change != "--flip":
+        for i in range(3):
+            Image.new("RGB", (80, 60), "red").save(tmp_path / f"set/images/val{i}.jpg", quality=99)
     status, out, _ = cli(*flags, "--epochs", 4, *(["--flip"] if change == "--flip" else []))
     assert status == 0 and "the mean IoUs before do not count any more" in out
     assert ("--flip False to True" in out) == (change == "--flip")
-    assert "epoch 3 had the best validation, mean IoU 30.00" in out
+    assert "epoch 3 had the best validation, mean IoU 30.00" in out and "was not validated" not in out
     assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}3.pth"
+
+
+def test_keep_leaves_the_best_of_validations_that_do_not_compare(cli, smallest, monkeypatch):
+    validations(monkeypatch, [0.9, 0.2, 0.3, 0.2, 0.1])
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--keep", 1]
+    assert cli(*flags, "--epochs", 2)[0] == 0
+    status, out, _ = cli(*flags, "--epochs", 4, "--flip")
+    assert status == 0 and "--keep leaves the best of them, that of epoch 1" in out
+    assert cli(*flags, "--epochs", 5, "--flip")[0] == 0  # also when it is resumed once more
+    assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 3, 5]
+
+
+def test_checkpoints_that_are_copied_without_their_log(cli, smallest, tmp_path, monkeypatch):
+    """They tell the validations, which the new log has, too: --best goes by it."""
+    validations(monkeypatch, [0.9, 0.2, 0.3, 0.4])
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto"]
+    assert cli(*flags, "--epochs", 3)[0] == 0
+    os.remove(LOG)
+    status, out, _ = cli(*flags, "--epochs", 4)
+    assert status == 0 and f"epoch 1 had the best validation, mean IoU 90.00: --best takes {STEM}1.pth" in out
+    assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}1.pth"
+    assert [row["val_mean_iou"] for row in read_log() if row["val_mean_iou"]] == ["0.9", "0.2", "0.4"]
+
+
+def test_log_of_another_run_is_no_log_of_a_checkpoint(cli, smallest, tmp_path, monkeypatch):
+    """Checkpoints of a longer run of the same name, copied from another machine, say."""
+    validations(monkeypatch, [0.5] * 9)
+    flags = ["--train", *smallest, "--save_every", 1, "--resume", "auto", "--exp"]
+    assert cli(*flags, "x", "--epochs", 1)[0] == 0
+    assert cli(*flags, "y", "--epochs", 4)[0] == 0
+    os.rename(STEM.replace("x", "y") + "4.pth", f"{STEM}4.pth")
+    status, _, err = cli("--exp", "x", *smallest[:4], "--best")
+    assert status == 1 and one_line(err) and f"{LOG} ends before {STEM}4.pth" in err
+    status, out, _ = cli(*flags, "x", "--epochs", 5)
+    assert status == 0 and "moved the log of another run of --exp x, which does not reach" in out
+    assert [row["epoch"] for row in read_log() if row["loss"]] == ["5"]
+    assert [row["epoch"] for row in read_log("data/old/x-1/" + Path(LOG).name)] == ["1"]
+
+
+def test_init_of_the_run_that_begins_anew(cli, smallest, tmp_path):
+    """It would be moved away, and the same command would begin from other weights the next time."""
+    flags = ["--train", "--exp", "x", *smallest, "--epochs", 1]
+    assert cli(*flags)[0] == 0
+    before = contents("data")
+    status, _, err = cli(*flags, "--init", f"{STEM}1.pth")
+    assert status == 1 and one_line(err) and "is of --exp x, which begins anew: choose another --exp" in err
+    assert contents("data") == before
+
+
+def test_images_per_second_are_those_that_were_trained(cli, tmp_path, monkeypatch):
+    """Also where an epoch's last batch is smaller, or a batch larger than the list."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(main.time, "perf_counter", lambda: next(clock))
+    root = make_list_dataset(tmp_path / "set", train=5)
+    flags = ["--train", "--dataset", "custom", "--data_root", root, *SMALL, *NETWORK, "--epochs", 2]
+    for batch_size, images in ((2, [2, 2, 1]), (4, [4, 1]), (9, [5])):
+        status, out, _ = cli(*flags, "--batch_size", batch_size, "--exp", batch_size, "--log_every", 1)
+        rows = read_log(LOG.replace("_x", f"_{batch_size}"))
+        seconds = [
+            round(n / float(row["images_per_second"]), 6) for n, row in zip(images * 2, rows, strict=True)
+        ]
+        assert status == 0 and len(set(seconds)) == 1
+
+
+def test_steps_of_tensorboard_grow_when_an_epoch_has_fewer(cli, smallest, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written[:] = [step for step in written if step < purge_step]
+
+        def add_scalar(self, name, value, step):
+            written.append(step)
+
+        add_image = close = flush = lambda self, *args, **options: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--tensorboard"]
+    flags += ["--log_every", 1000]
+    for epochs, batch_size in ((2, 2), (3, 6), (4, 2)):  # of 3, 1 and 3 iterations
+        assert cli(*flags, "--epochs", epochs, "--batch_size", batch_size)[0] == 0
+    assert sorted(set(written)) == [3, 6, 7, 10]
 
 
 def test_another_number_of_threads_is_told(cli, smallest, monkeypatch):
@@ -639,7 +727,7 @@ def test_names_that_look_like_checkpoints(tmp_path, monkeypatch):
         Path(run.checkpoint(epoch)).touch()
     assert [item.epoch for item in run.saved()] == [2, 10]
     os.remove(run.checkpoint(10))
-    run.prune(run.checkpoint(10), 1, None)  # somebody has moved the newest, meanwhile
+    run.prune(run.checkpoint(10), 1, set())  # somebody has moved the newest, meanwhile
     assert run.saved() == []
 
 
@@ -665,7 +753,7 @@ def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
 def new_training(resumed: Resumed | None = None, per_epoch: int = 2) -> Training:
     iteration = resumed.iteration if resumed else 0
     progress = {"iteration": iteration, "resumed": resumed}
-    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, [], **progress)
+    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, "", **progress)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -139,7 +139,7 @@ class Walk:
         known = self.known
         there = {step_of(item.path) for item in run.saved()}
         true_best = max(self.validated, key=self.validated.get, default=None)
-        assert best == (true_best and (known[true_best].epoch, self.validated[true_best]))
+        assert best == ({known[true_best].epoch} if true_best else set())
         original(run, newest, keep, best)
         left = {step_of(item.path) for item in run.saved()}
         whole = sorted(step for step in there if step == self.step or not known[step].within)
