@@ -307,7 +307,13 @@ def open_run(
     if initial:  # which tells what the flags do not
         options = {**checkpoints.model_config(initial, args.init), **options}
         reading = checkpoints.reading(initial, args.init)
-    reading = reading._replace(**reading_options(args))
+    given = reading_options(args)
+    inherited = {key: value for key, value in reading._asdict().items() if value and key not in given}
+    if inherited:
+        words = [f"--{key} {' '.join(f'{x:g}' for x in value)}" for key, value in inherited.items()]
+        hint = "images are read so; give other flags to change that"
+        print(f"{args.init} was trained with {' '.join(words)}: {hint}")
+    reading = reading._replace(**given)
     train_set, val_set = open_dataset(args, "train", reading), open_dataset(args, "val", reading)
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"
     print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")

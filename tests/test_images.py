@@ -360,9 +360,14 @@ def test_aerial_images_from_check_to_prediction(cli, tmp_path):
     assert np.array_equal(model.predict(path), expected)
     mask = np.array(Image.open("out/val0_mask.png"))
     assert (mask == expected).mean() > 0.99
-    # A model of weights alone has them, too.
+    # A model of weights alone has them, too, and hands them on to a run that begins with it, which says so.
     assert cli("--export", "w.pth", "--checkpoint", checkpoint)[0] == 0
     assert deeplab.load("w.pth").reading == model.reading
+    start = [*train, "--exp", "y", "--init", "w.pth", "--base_lr", 0]
+    told = "w.pth was trained with {}: images are read so; give other flags to change that\n"
+    for given, kept in (([], "--value_range 0 4080 --bands 4 1 2"), (BANDS, "--value_range 0 4080")):
+        assert told.format(kept) in cli(*start, *given)[1]
+    assert "was trained with" not in cli(*start, *BANDS, *RANGE)[1]
 
 
 def test_bright_images_of_16_bits_need_no_range(cli, tmp_path):
