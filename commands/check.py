@@ -24,13 +24,13 @@ from files.images import (
 )
 from files.masks import COLOR_MODES
 from files.pictures import sample_row, sample_sheet, save_image
-from files.pixels import NARROW, value_range
+from files.pixels import NARROW, decode, is_flat, value_range
 from files.report import Card, data_name, files_folder, save_page, save_preview
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
 ROWS_LIMIT = 40  # of the picture
 CARDS_LIMIT = 3000  # of a split, on the page
-MASKS_LIMIT = 200  # that are read before training
+MASKS_LIMIT, IMAGES_LIMIT = 200, 50  # that are read before training
 
 
 class Contents(NamedTuple):
@@ -38,8 +38,9 @@ class Contents(NamedTuple):
 
     `size` is the height and width of the image, `pixels` the number of pixels of each label, int64 (256,),
     `digest` a hash of the image file, `header` what its header tells. `values` are the lowest and the highest
-    of an image that is not of 8 bits, and has no range to be read by. `cut`: it is a JPEG that lacks its end,
-    but no pixel. What `scan` did not read is None.
+    of an image that is not of 8 bits, and has no range to be read by; `flat`: what it is by the range that
+    was given, see `is_flat`. `cut`: it is a JPEG that lacks its end, but no pixel. What `scan` did not read
+    is None.
     """
 
     size: tuple[int, int] | None = None
@@ -47,15 +48,12 @@ class Contents(NamedTuple):
     digest: bytes | None = None
     header: Header | None = None
     values: tuple[float, float] | None = None
+    flat: bool = False
     cut: bool = False
 
 
-class Values(NamedTuple):
-    """What images of one number format hold: their number, the lowest and the highest value."""
-
-    images: int
-    low: float
-    high: float
+# Of each number format the lowest and the highest value of each image.
+Values = dict[str, list[tuple[float, float]]]
 
 
 def scan(
@@ -84,21 +82,24 @@ def scan(
             if depth == "headers":
                 header = sample_header(*dataset.pairs[index], dataset.reading)
                 return Contents(header.size[::-1], header=header)
-            path, reading, values = dataset.pairs[index][0], dataset.reading, None
+            path, reading, values, flat = dataset.pairs[index][0], dataset.reading, None, False
             header = read_header(path, reading)
             if header.kind != "uint8" and not reading.value_range:
                 values = value_range(path, header, reading)
                 if header.kind != "uint16":  # so that all else can be told, too
                     reading = reading._replace(value_range=(values[0], max(values[1], values[0] + 1)))
             if depth == "values":
-                return Contents(header=header, values=values)
+                flat = values is None and is_flat(decode(path, header, reading), header.kind, reading)
+                return Contents(header=header, values=values, flat=flat)
             image, mask = dataset.read(index, reading)
             use(index, image, mask)
+            if values is None and header.kind != "uint8":
+                flat = is_flat(Image.fromarray(image.permute(1, 2, 0).numpy()), header.kind, reading)
             with open(path, "rb") as file:
                 data = file.read()
             digest = hashlib.blake2b(data, digest_size=16).digest()
             pixels = count(mask.numpy())
-            return Contents(tuple(mask.shape), pixels, digest, header, values, lacks_end(data))
+            return Contents(tuple(mask.shape), pixels, digest, header, values, flat, lacks_end(data))
         except UserError as error:
             return error
 
@@ -143,56 +144,104 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
         print(f"{several} of the {split} images have several frames or pages: the first is used")
     if dataset.has_masks and (unclear := sum(header.unclear for header in dataset.headers)):
         print(f"{unclear} of the {split} {UNCLEAR.format('the masks')}: --check shows one")
-    values = read_values(dataset) if not dataset.reading.value_range else {}
-    if fault := range_fault(values):
+    if dataset.reading.value_range:
+        if fault := flat_fault(dataset, *find_flat(dataset)):
+            print(fault)
+    elif fault := range_fault(values := read_values(dataset)):
         if split == "train" or {*values} != {"uint16"}:
             raise UserError(fault)
         print(fault)
 
 
-def read_values(dataset: SegmentationDataset) -> dict[str, Values]:
-    """What the images of each number format hold that may need --value_range, see `range_fault`; those of 16
-    bits are looked at until it is clear that they do not. Raises UserError if an image cannot be read;
-    Stopped if a stop signal has come."""
+def read_values(dataset: SegmentationDataset) -> Values:
+    """What the images hold that may need --value_range, see `range_fault`; those of 16 bits, up to
+    `IMAGES_LIMIT` of them, are looked at until it is clear that they do not. Raises UserError if an image
+    cannot be read; Stopped if a stop signal has come."""
     kinds = [header.kind for header in dataset.headers]
     others = [index for index, kind in enumerate(kinds) if kind not in ("uint8", "uint16")]
-    deep = [index for index, kind in enumerate(kinds) if kind == "uint16"]
-    values: dict[str, Values] = {}
+    deep = spread([index for index, kind in enumerate(kinds) if kind == "uint16"])
+    values: Values = {}
     for indices in (others, deep):
         for _, found in scan(dataset, "values", "reading values", indices):
             if isinstance(found, UserError):
                 raise found
-            add_values(values, found.header.kind, Values(1, *found.values))
-            if indices is deep and not needed_range({"uint16": values["uint16"]}):
+            values.setdefault(found.header.kind, []).append(found.values)
+            if indices is deep and not needs_range(values["uint16"], len(deep)):
                 break
     return values
 
 
-def add_values(values: dict[str, Values], kind: str, more: Values) -> None:
-    """Add what other images of a number format hold."""
-    if kind in values:
-        images, low, high = values[kind]
-        more = Values(images + more.images, min(low, more.low), max(high, more.high))
-    values[kind] = more
+def find_flat(dataset: SegmentationDataset) -> tuple[list[int], int]:
+    """Which of up to `IMAGES_LIMIT` images of more than 8 bits are flat, see `is_flat`, and how many were
+    looked at. Raises as `read_values`."""
+    deep, flat = spread([i for i, header in enumerate(dataset.headers) if header.kind != "uint8"]), []
+    for index, found in scan(dataset, "values", "reading values", deep):
+        if isinstance(found, UserError):
+            raise found
+        flat += [index] if found.flat else []
+    return flat, len(deep)
 
 
-def needed_range(values: dict[str, Values]) -> tuple[float, float] | None:
-    """The range to read images with these values by, if they need one: those of 16 bits do if all are within
-    `NARROW`, and all other formats but 8 bits."""
-    needed = {kind: v for kind, v in values.items() if kind != "uint16" or v.high - v.low < NARROW}
-    if not needed:
+def flat_fault(dataset: SegmentationDataset, flat: Sequence[int], deep: int) -> str | None:
+    """What is wrong with --value_range if most of `deep` images are these, which it leaves flat, or None."""
+    if 2 * len(flat) <= deep:
         return None
-    low, high = min(found.low for found in needed.values()), max(found.high for found in needed.values())
-    if "uint16" in needed and needed["uint16"].high < NARROW:  # 0 to all ones in the bits that are used
-        low, high = min(low, 0), max(high, (1 << int(needed["uint16"].high).bit_length()) - 1)
+    path, (low, high) = dataset.pairs[flat[0]][0], dataset.reading.value_range
+    found = value_range(path, read_header(path, dataset.reading), dataset.reading)
+    if low <= found[0] and found[1] <= high and found[1] - found[0] > (high - low) / 8:
+        return None  # black, but for a few values within the range
+    hint = f"{len(flat)} of {deep} images are nearly black, white or of one grey for the network"
+    return "{} by --value_range {:.6g} {:.6g}: {} has values from {:.6g} to {:.6g}".format(
+        hint, low, high, path, *found
+    )
+
+
+def spread(indices: Sequence[int]) -> list[int]:
+    """Up to `IMAGES_LIMIT` of them, evenly spaced."""
+    places = np.linspace(0, len(indices) - 1, min(len(indices), IMAGES_LIMIT)).astype(int)
+    return [indices[place] for place in places]
+
+
+def span(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The lowest and the highest of all."""
+    return min(low for low, _ in values), max(high for _, high in values)
+
+
+def needs_range(values: Sequence[tuple[float, float]], number: int = 0) -> bool:
+    """Whether 8 bits would lose the values of these images of 16 bits: all are within `NARROW`, or nine in
+    ten images are below it, of these or of the `number` that are to be read."""
+    low, high = span(values)
+    bright = sum(high >= NARROW for _, high in values)
+    return high - low < NARROW or 10 * bright <= max(len(values), number)
+
+
+def lost_values(values: Values) -> Values:
+    """Those of these values that 8 bits would lose, of 16 bits without images that are brighter."""
+    lost = {kind: found for kind, found in values.items() if kind != "uint16" or needs_range(found)}
+    low, high = span(lost.get("uint16", [(0, 0)]))
+    if high - low >= NARROW:
+        lost["uint16"] = [pair for pair in lost["uint16"] if pair[1] < NARROW]
+    return lost
+
+
+def needed_range(values: Values) -> tuple[float, float] | None:
+    """The range to read images with these values by, if they need one."""
+    if not (lost := lost_values(values)):
+        return None
+    low, high = span([pair for found in lost.values() for pair in found])
+    if "uint16" in lost and (deepest := span(lost["uint16"])[1]) < NARROW:
+        low, high = min(low, 0), max(high, (1 << int(deepest).bit_length()) - 1)  # all ones in the bits used
     return low, high if low < high else low + 1
 
 
-def range_fault(values: dict[str, Values]) -> str | None:
+def range_fault(values: Values) -> str | None:
     """What is wrong with reading images with these values without --value_range, or None."""
     if not (value_range := needed_range(values)):
         return None
-    shown = (f"{v.images} images of {kind} hold {v.low:.6g} to {v.high:.6g}" for kind, v in values.items())
+    shown = []
+    for kind, found in (values | lost_values(values)).items():
+        count = f"{len(found)} of {len(values[kind])}" if len(found) < len(values[kind]) else f"{len(found)}"
+        shown.append("{} images of {} hold {:.6g} to {:.6g}".format(count, kind, *span(found)))
     hint = "--value_range {:.6g} {:.6g} makes these black and white".format(*value_range)
     return f"{' and '.join(shown)}, which as 8 bits would be lost: {hint}"
 
@@ -274,10 +323,11 @@ class Split:
         self.best = np.full(256, -1)  # the sample with the largest share of each label
         self.faults: list[str] = []
         self.cards: list[Card] = []
-        self.values: dict[str, Values] = {}  # of images of more than 8 bits, without a range for them
+        self.values: Values = {}  # of images of more than 8 bits, without a range for them
+        self.flat: list[int] = []  # the samples whose images are, by the range that was given
         self.unclear: list[int] = []  # the samples whose masks are, see `files.images.is_unclear`
         self.cut = self.frames = 0  # images that lack their end, or have several frames
-        shares, count = np.zeros(256), len(dataset) if dataset.has_masks else 0
+        shares, count, deep = np.zeros(256), len(dataset) if dataset.has_masks else 0, 0
         shown = set(np.linspace(0, count - 1, min(count, CARDS_LIMIT)).astype(int).tolist())
 
         def use(index: int, image: Tensor, mask: Tensor) -> None:
@@ -295,7 +345,9 @@ class Split:
             if found.header.unclear and dataset.pairs[index][1]:
                 self.unclear.append(index)
             if found.values:
-                add_values(self.values, found.header.kind, Values(1, *found.values))
+                self.values.setdefault(found.header.kind, []).append(found.values)
+            deep += found.header.kind != "uint8"
+            self.flat += [index] if found.flat else []
             self.pixels += found.pixels
             self.images += found.pixels > 0
             share = found.pixels / found.pixels.sum()
@@ -306,6 +358,8 @@ class Split:
                 cells = np.stack([labels, labels, found.pixels[labels]], 1).ravel().tolist()
                 stem, size = f"{folder}/{name}-{index}", found.size[::-1]
                 self.cards.append(Card(dataset.names[index], stem, size, cells, split=name))
+        if fault := flat_fault(dataset, self.flat, deep):
+            self.faults.append(fault)
         try:
             if dataset.has_masks:
                 check_ignored(dataset, self.pixels)
@@ -322,7 +376,9 @@ class Split:
             sizes = (f"{w}x{h}" for h, w in (ordered[0], ordered[len(ordered) // 2], ordered[-1]))
             line += ", sizes from {} by {} (median) to {}".format(*sizes)
         for kind, values in self.values.items():
-            line += f"\n{self.name}: {values.images} images of {kind}, {values.low:.6g} to {values.high:.6g}"
+            line += "\n{}: {} images of {}, {:.6g} to {:.6g}".format(
+                self.name, len(values), kind, *span(values)
+            )
         if self.cut:
             line += f"\n{self.name}: {self.cut} JPEGs lack their end, but no pixel: they are used"
         if self.frames:
@@ -364,11 +420,12 @@ def check(name: str, root: str, splits: Sequence[str], reading: Reading = AS_STO
 
 def report(parts: Sequence[Split], path: str) -> list[str]:
     """Print what the splits hold, draw samples that show every class to `path`, and return the faults."""
-    values: dict[str, Values] = {}
+    values: Values = {}
     for part in parts:
         print(part.describe())
         for kind, found in part.values.items():
-            add_values(values, kind, found)
+            values.setdefault(kind, []).extend(found)
+    values = next((v for v in (values, *(part.values for part in parts)) if lost_values(v)), {})
     if found := needed_range(values):
         for part in parts:  # so that there is something to see
             part.dataset.reading = part.dataset.reading._replace(value_range=found)

@@ -20,7 +20,7 @@ from deeplab import DeepLabv3, Inference
 from files.images import Header, Reading, read_header
 from files.lists import describe_left_out, is_image_name, unique_names
 from files.pictures import add_legend, overlay, save_image, save_mask
-from files.pixels import decode, enlarge, is_dark, read_image, shrink, to_array
+from files.pixels import decode, enlarge, is_flat, read_image, shrink, to_array
 from files.tiles import windows
 from files.whole import free_name, read_csv, save_csv
 from utils import UserError, ahead, end_if_stopped, progress
@@ -72,12 +72,12 @@ def read_paths() -> list[str]:
 
 class Photo(NamedTuple):
     """An image to predict: its (width, height), the RGB image of the size to predict it at, its header, and
-    whether it has values of 16 bits that are nearly black as they are read."""
+    whether it has more than 8 bits, of which little is left as it is read."""
 
     size: tuple[int, int]
     image: Image.Image
     header: Header
-    dark: bool
+    flat: bool
 
 
 def read_photo(path: str, inference: Inference, reading: Reading) -> Photo | UserError:
@@ -91,7 +91,7 @@ def read_photo(path: str, inference: Inference, reading: Reading) -> Photo | Use
         return error
     except MemoryError:
         return UserError(f"{path} does not fit into memory")
-    return Photo(size, image, header, is_dark(image, header.kind, reading))
+    return Photo(size, image, header, is_flat(image, header.kind, reading))
 
 
 def read_sizes(files: Sequence[str], reading: Reading) -> list[tuple[int, int] | None]:
@@ -140,7 +140,7 @@ def predict_files(
             results = predict_batch(model, [photo.image for _, photo in group], inference, confidence)
             for (index, photo), result in zip(group, results, strict=True):
                 notes["shrunk"] += photo.image.size != photo.size
-                notes["dark"] += photo.dark
+                notes["flat"] += photo.flat
                 notes["frames"] += photo.header.frames > 1
                 yield index, photo, *result
 
@@ -170,16 +170,17 @@ def predict_files(
 
 
 def print_notes(notes: Counter, inference: Inference) -> None:
-    """Print what the user would not expect of some images: that they were `shrunk`, were `dark`, or have
+    """Print what the user would not expect of some images: that they were `shrunk`, were `flat`, or have
     several `frames`."""
     if notes["shrunk"]:
         longer = f"{notes['shrunk']} images are longer than --max_side {inference.max_side}"
         print(f"{longer}: predicted at that size, then enlarged; --tile 513 segments them at their own")
     if notes["frames"]:
         print(f"{notes['frames']} images have several frames or pages: the first was predicted")
-    if notes["dark"]:
-        hint = "if they have 12 bits in 16, say, --value_range 0 4095 brightens them"
-        print(f"{notes['dark']} images of 16 bits were nearly black for the network: {hint}")
+    if notes["flat"]:
+        found = f"{notes['flat']} images of more than 8 bits were nearly black, white or of one grey"
+        hint = "--value_range says which values become black and white, 0 4095 of 12 bits in 16, say"
+        print(f"{found} for the network: {hint}")
 
 
 def earlier_rows(out: str) -> list[list[str]]:

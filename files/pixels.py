@@ -49,7 +49,7 @@ def decode_by(convert: Convert, path: str, header: Header, reading: Reading) -> 
 
 def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike, reading: Reading = AS_STORED) -> Image.Image:
     """What Python users have as `read_image`: a PIL image, the path of a file, or a uint8 array (H, W, 3) of
-    RGB or (H, W) of grey. Warns of what `is_dark`. Raises TypeError for anything else; UserError as
+    RGB or (H, W) of grey. Warns of what `is_flat`. Raises TypeError for anything else; UserError as
     `read_image` and `to_rgb`."""
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
     if is_bytes and (image.ndim == 2 or image.shape[2:] == (3,)):
@@ -61,19 +61,28 @@ def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike, reading: Reading
             path = os.fspath(image)
             header = read_header(path, reading)
             kind, rgb = header.kind, decode(path, header, reading)
-        if is_dark(rgb, kind, reading):
-            hint = "if it has 12 bits, say, set model.reading = Reading(value_range=(0, 4095))"
-            warnings.warn(f"an image of 16 bits is nearly black for the network: {hint}", stacklevel=4)
+        if is_flat(rgb, kind, reading):
+            hint = "model.reading = Reading(value_range=(0, 4095)) is right for 12 bits, say"
+            found = "an image of more than 8 bits is nearly black, white or of one grey for the network"
+            warnings.warn(f"{found}: {hint}", stacklevel=4)
         return rgb
     taken = "a PIL image, a path, or a uint8 array (H, W, 3) of RGB or (H, W) of grey"
     given = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
     raise TypeError(f"predict takes {taken}, not {given}")
 
 
-def is_dark(image: Image.Image, kind: str, reading: Reading) -> bool:
-    """Whether an RGB image that was read from values of this kind is nearly black, as 12 bits in 16 are."""
-    dark = kind == "uint16" and reading.value_range is None
-    return dark and max(high for _, high in image.getextrema()) < NARROW >> 8
+def is_flat(image: Image.Image, kind: str, reading: Reading) -> bool:
+    """Whether little is left of the values of this kind that an RGB image was read from: all are within an
+    eighth of the levels, as 12 bits in 16 are, or nine in ten are black or white by `reading`'s range."""
+    if kind == "uint8":
+        return False
+    lows, highs = zip(*image.getextrema(), strict=True)
+    if max(highs) - min(lows) < NARROW >> 8:
+        return True
+    if not reading.value_range:
+        return False
+    counts = np.reshape(image.histogram(), (3, 256)).sum(0)
+    return bool(counts[0] + counts[255] > 0.9 * counts.sum())
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_STORED) -> Image.Image:

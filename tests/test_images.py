@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import sys
 import warnings
@@ -381,7 +382,7 @@ def test_bright_images_of_16_bits_need_no_range(cli, tmp_path):
     assert cli("--train", "--exp", "x", *data, *SMALL, *NETWORK, "--epochs", 1)[0] == 0
     checkpoint = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
     status, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
-    assert status == 0 and "1 images of 16 bits were nearly black" in out
+    assert status == 0 and "1 images of more than 8 bits were nearly black" in out
 
 
 def as_tiffs(root: Path, convert, **options) -> Path:
@@ -450,6 +451,58 @@ def test_dark_images_to_validate_are_told(cli, tmp_path):
     assert status == 0 and "--value_range 0 4095" in out
 
 
+@pytest.mark.parametrize(("convert", "status"), [((20_000, 180), 1), ((0, 16), 0), ((0, 0.05), 1)])
+def test_range_that_leaves_little_of_most_images(cli, tmp_path, convert, status):
+    """Nearly all values lie beyond it, or are as good as one within it; one image is as it should be."""
+    low, step = convert
+    root = as_tiffs(tmp_path / "set", lambda values: (low + step * values).astype(np.uint16))
+    tifffile.imwrite(root / "images/train0.tif", np.tile(np.arange(80, dtype=np.uint16) * 50, (60, 1)))
+    data = ["--dataset", "custom", "--data_root", root, "--value_range", 0, 4080]
+    found, out, err = cli("--check", *data)
+    told = "images are nearly black, white or of one grey for the network by --value_range 0 4080: "
+    assert found == status and err.count(told) == 2 * status
+    if status:
+        assert f"5 of 6 {told}{root}/images/train1.tif has values from" in err
+    found, out, _ = cli("--train", "--exp", "x", *data, *SMALL, *NETWORK, "--epochs", 1)
+    assert found == 0 and out.count(told) == 2 * status
+    found, out, _ = cli("--exp", "x", *data[:4])
+    assert found == 0 and out.count(told) == status
+    checkpoint = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
+    found, out, _ = cli("--predict", root / "images", "--checkpoint", checkpoint, "--out", "out")
+    assert found == 0 and ("8 images of more than 8 bits were nearly black, white or" in out) == status
+
+
+def test_black_images_with_few_objects_suit_their_range(cli, tmp_path):
+    """As under a fluorescence microscope: the values are all within the range."""
+    root = as_tiffs(tmp_path / "set", lambda values: np.where(values > 200, 4000, 3).astype(np.uint16))
+    for path in root.glob("images/*.tif"):
+        values = np.full((60, 80), 3, np.uint16)
+        values[:9, :9] = 4000
+        tifffile.imwrite(path, values)
+    data = ["--dataset", "custom", "--data_root", root, "--value_range", 0, 4095]
+    assert cli("--check", *data)[0] == 0
+
+
+def test_bright_pixels_of_one_image_hide_no_dark_ones(cli, tmp_path):
+    """12 bits in 16, of which one in ten has a hot pixel; of two in ten the set is taken to be so."""
+    root = make_list_dataset(tmp_path / "set", train=10, val=1)
+    for path in root.glob("images/*.jpg"):
+        values = np.array(Image.open(path).convert("L")).astype(np.uint16) << 4
+        values[0, 0] = 65535 if path.stem in ("train3", "val0") else 0
+        Image.fromarray(values).save(path.with_suffix(".png"))
+    for path in root.glob("list/*.txt"):
+        path.write_text(path.read_text().replace(".jpg", ".png"))
+    data = ["--dataset", "custom", "--data_root", root]
+    told = "9 of 10 images of uint16 hold 0 to 4095, which as 8 bits would be lost: --value_range 0 4095"
+    train = ["--train", "--exp", "x", *data, *SMALL, *NETWORK, "--epochs", 1]
+    status, _, err = cli(*train)
+    assert status == 1 and one_line(err) and told in err
+    status, _, err = cli("--check", *data)
+    assert status == 1 and one_line(err) and told in err
+    shutil.copy(root / "images/train3.png", root / "images/train4.png")
+    assert cli(*train)[0] == 0
+
+
 def test_colours_that_are_not_rgb_are_refused(tmp_path):
     """CIELab of 16 bits, which Pillow cannot open, radar's complex numbers, FITS, whose zero it ignores."""
     values = np.arange(600, dtype=np.uint16).reshape(10, 20, 3)
@@ -494,10 +547,10 @@ def test_masks_of_several_pages_are_refused(cli, tmp_path):
 
 def test_dark_images_of_16_bits_are_told_in_python(trained, tmp_path):
     model = deeplab.load(trained[0])
-    for name, high in (("dark.png", 4095), ("bright.png", 65535)):
-        values = np.linspace(0, high, 2000).astype(np.uint16).reshape(40, 50)
+    for name, low, high in (("dark.png", 0, 4095), ("bright.png", 0, 65535), ("white.png", 62000, 65535)):
+        values = np.linspace(low, high, 2000).astype(np.uint16).reshape(40, 50)
         Image.fromarray(values).save(tmp_path / name)
-    for image in (tmp_path / "dark.png", Image.open(tmp_path / "dark.png")):
+    for image in (tmp_path / "dark.png", Image.open(tmp_path / "dark.png"), tmp_path / "white.png"):
         with pytest.warns(UserWarning, match="nearly black"):
             model.predict(image)
     with warnings.catch_warnings():
@@ -505,6 +558,8 @@ def test_dark_images_of_16_bits_are_told_in_python(trained, tmp_path):
         model.predict(tmp_path / "bright.png")
         model.reading = Reading(value_range=(0, 4095))
         model.predict(tmp_path / "dark.png")
+    with pytest.warns(UserWarning, match="nearly black, white"):
+        model.predict(tmp_path / "bright.png")
 
 
 def pgm(highest: int, values: np.ndarray, letter: str = "5") -> bytes:
