@@ -287,7 +287,7 @@ class ListSegmentation(SegmentationDataset):
             raise UserError(f"{root}: {found} have a mask; all must have one, or none")
         if not os.path.exists(path) and masks:
             indices = np.linspace(0, len(masks) - 1, min(50, len(masks))).astype(int).tolist()
-            found = describe_pixels(open_image(masks[index]) for index in indices)
+            found = describe_pixels(open_image(masks[index], is_mask=True) for index in indices)
             raise UserError(f"{path} is missing: a class a line, with NAMEs for what the masks hold: {found}")
         super().__init__(pairs, read_classes(path), crop_size, seed)
 

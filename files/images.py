@@ -270,17 +270,14 @@ def open_image(
     """The image in a file as it is stored, decoded if `load`; of several frames the first.
 
     A JPEG that lacks its end is opened if none of its pixels is missing. Raises UserError if the file cannot
-    be read, has more pixels than `max_pixels`, or is a mask of several frames or as `check_unscaled`."""
+    be read, has more pixels than `max_pixels`, or is a mask as `check_mask`."""
     try:
         image = Image.open(path)
         check_pixels(path, image.size, max_pixels)
         if image.format in NO_PHOTOS:
             raise UserError(f"{path} is {image.format}, which is not read right; convert it to TIFF or PNG")
         if is_mask:
-            check_unscaled(path, image)
-            if count_frames(image) > 1:
-                raise UserError(f"{path}: a mask of several frames or pages; save one of them alone")
-            image.seek(0)
+            check_mask(path, image)
         if load:
             image = load_pixels(image, path)
         return image
@@ -290,6 +287,20 @@ def open_image(
         reason = getattr(error, "strerror", None) or str(error).replace(repr(path), "it")
         hint = "; save it as grey or RGB of 8 or 16 bits" if tiffs.is_tiff(path) else ""
         raise UserError(f"cannot read {path}: {reason or type(error).__name__}{hint}") from error
+
+
+def check_mask(path: str, image: Image.Image) -> None:
+    """Raises UserError if the pixels of an opened mask are not those that were drawn, as in a JPEG, or not
+    all of it is read, as of several frames; or as `check_unscaled`."""
+    if image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg":
+        raise UserError(f"{path}: a mask in a JPEG, which changes values and colours; save masks as PNGs")
+    check_unscaled(path, image)
+    if samples(image)[0] == "uint16" and not image.mode.startswith("I"):
+        found = "a mask of 16 bits with colours or alpha, of which Pillow reads half"
+        raise UserError(f"{path}: {found}; save it with 8 bits")
+    if count_frames(image) > 1:
+        raise UserError(f"{path}: a mask of several frames or pages; save one of them alone")
+    image.seek(0)
 
 
 def load_pixels(image: Image.Image, path: str) -> Image.Image:

@@ -161,8 +161,6 @@ class Labels:
             mend = f"{self.source} names no such: write {named}`{IGNORE} {line}`"
         else:
             mend = f"the classes are 0 to {len(self.classes) - 1}, and 255 to ignore"
-        if path.lower().endswith((".jpg", ".jpeg")):
-            mend += "; JPEG changes values, so masks are PNGs"
         return f"{path}: {what} at x {x}, y {y}, {count} pixels of it; {mend}"
 
     def check_colors(self, path: str) -> None:

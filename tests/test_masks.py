@@ -1,5 +1,7 @@
 """What the pixels of masks mean: classes.txt, every kind of mask file, and the faults of both."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def read(tmp_path, classes: str, picture: Image.Image, name: str = "mask.png") -
     """The labels of a picture that is saved and opened again."""
     picture.save(tmp_path / name)
     path = str(tmp_path / name)
-    labels = read_classes(write(tmp_path, classes)).read(open_image(path), path)
+    labels = read_classes(write(tmp_path, classes)).read(open_image(path, is_mask=True), path)
     assert labels.dtype == np.uint8
     return labels
 
@@ -266,11 +268,30 @@ def test_tiff_whose_0_is_white(tmp_path, dtype):
         read_classes(str(tmp_path / "classes.txt")).read(Image.open(tmp_path / "m.tif"), "m.tif")
 
 
-def test_mask_that_jpeg_has_blurred(tmp_path):
+@pytest.mark.parametrize("name", ["mask.jpg", "mask.png", "mask.tif"])
+def test_mask_that_jpeg_has_blurred(tmp_path, name):
+    """Whatever its ending, and also where all that JPEG has made of it are values of classes."""
     mask = np.zeros((40, 40), np.uint8)
-    mask[10:30, 10:30] = 255
-    with pytest.raises(UserError, match="JPEG changes values, so masks are PNGs"):
-        read(tmp_path, "a\nb = 255", Image.fromarray(mask), "mask.jpg")
+    mask[10:30, 10:30] = 2
+    options = {"compression": "jpeg"} if name == "mask.tif" else {"format": "JPEG", "quality": 50}
+    Image.fromarray(mask).save(tmp_path / name, **options)
+    with pytest.raises(UserError, match=f"{name}: a mask in a JPEG, .*; save masks as PNGs"):
+        open_image(str(tmp_path / name), load=False, is_mask=True)
+
+
+@pytest.mark.parametrize(("kind", "bands"), [(2, 3), (4, 2), (6, 4)])  # PNG's types RGB, LA, RGBA
+def test_colours_of_16_bits_are_refused(tmp_path, kind, bands):
+    """Pillow reads their high bytes, which make one of two colours."""
+    rows = b"".join(b"\0" + bytes(2 * bands * 5) for _ in range(4))
+    header = (5).to_bytes(4, "big") + (4).to_bytes(4, "big") + bytes([16, kind, 0, 0, 0])
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        sum_ = zlib.crc32(name + content).to_bytes(4, "big")
+        data += len(content).to_bytes(4, "big") + name + content + sum_
+    (tmp_path / "mask.png").write_bytes(data)
+    assert Image.open(tmp_path / "mask.png").size == (5, 4)
+    with pytest.raises(UserError, match="mask.png: a mask of 16 bits with colours or alpha.*save it with 8"):
+        open_image(str(tmp_path / "mask.png"), is_mask=True)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
