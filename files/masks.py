@@ -66,13 +66,17 @@ class Labels:
             self.check_colors(path)
             # Pillow has four bytes for each pixel in memory; the last is alpha, or nothing.
             packed = np.frombuffer(picture.tobytes("raw", picture.mode.ljust(4, "X")), "<u4")
+            colors = packed.reshape(picture.height, -1) & 0xFFFFFF
             if picture.mode == "RGBA":
-                check_transparency(packed, path)
-            return self.look_up(packed.reshape(picture.height, -1) & 0xFFFFFF, self.colors, 1 << 24, path)
+                check_transparency(colors, np.asarray(picture.getchannel(3)), 1 << 24, path)
+            return self.look_up(colors, self.colors, 1 << 24, path)
         if picture.mode in ("LA", "PA"):
-            picture = picture.getchannel(0)
+            picture, alpha = picture.getchannel(0), picture.getchannel(1)
+            check_transparency(np.asarray(picture), np.asarray(alpha), 256, path)
         if picture.mode == "P" and self.colors and self.goes_by_color(picture, path):
-            return self.read(picture.convert("RGB"), path)
+            return self.read(picture.convert("RGBA" if picture.has_transparency_data else "RGB"), path)
+        if picture.mode == "P" and not self.colors and self.goes_by_grey(picture, path):
+            return self.read(picture.convert("L"), path)
         if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
             raise UserError(f"{path}: a mask of Pillow's mode {picture.mode}; use grey, palette or RGB PNGs")
         values = np.asarray(picture)
@@ -92,9 +96,8 @@ class Labels:
 
     def meaning(self) -> dict[str, int]:
         """The label of each value and each colour, such as `value 7` and `colour 0 0 128`."""
-        values = {f"value {value}": label for value, label in self.values.items()}
-        colors = self.colors.items()
-        return values | {f"colour {c & 255} {c >> 8 & 255} {c >> 16}": label for c, label in colors}
+        values = {key_name(value, 256): label for value, label in self.values.items()}
+        return values | {key_name(color, 1 << 24): label for color, label in self.colors.items()}
 
     def goes_by_color(self, picture: Image.Image, path: str) -> bool:
         """Whether the colours of a palette mask tell the classes, and not the values of its pixels.
@@ -119,12 +122,35 @@ class Labels:
             return True
         if all(color in ((i, i, i), VOC_COLORS[i]) for i, color in colors.items()):
             return False
+        if all(r == g == b for r, g, b in colors.values()):
+            hint = "save it as grey, without a palette"
+            raise UserError(f"{path}: a palette of greys that are not the values of its pixels; {hint}")
         index = next(i for i in colors if labels[i] is None)
         color = " ".join(map(str, colors[index]))
         found = (
             f"{path}: its palette has the colour {color} at {index}, which {self.source} gives to no class"
         )
         raise UserError(f"{found}; give the classes the masks' colours, or none to go by the pixels' values")
+
+    def goes_by_grey(self, picture: Image.Image, path: str) -> bool:
+        """Whether the greys of a palette mask tell the classes, and not the values of its pixels.
+
+        They do if a value is no class, but all greys up to it are: what saves a grey mask as a GIF, or makes
+        its PNG smaller, numbers the levels that occur. Raises UserError if both are."""
+        indices = [i for _, i in picture.getcolors()]
+        palette = np.reshape(picture.getpalette("RGB"), (-1, 3))[: max(indices) + 1]
+        levels = palette[:, 0].tolist()
+        if max(indices) >= len(levels) or (palette != palette[:, :1]).any() or len({*levels}) < len(levels):
+            return False
+        if not all(level in self.values for level in levels):
+            return False
+        if not all(index in self.values for index in indices):
+            return True
+        differ = [i for i in indices if self.values[i] != self.values[levels[i]]]
+        if differ and (levels != [0, 255] or len(self.classes) > 2 or not self.ignored_by_default):
+            found = f"{differ[0]} in its palette is grey {levels[differ[0]]}, and either can be a class"
+            raise UserError(f"{path}: {found}; save it as grey, without a palette")
+        return False
 
     def look_up(self, pixels: np.ndarray, known: dict[int, int], bound: int, path: str) -> np.ndarray:
         """The label of each pixel; `bound` is above all of them, save in masks of 32 bits."""
@@ -145,17 +171,19 @@ class Labels:
                 if label == IGNORE_INDEX:
                     strange &= pixels != key
             if strange.any():
-                raise UserError(self.describe(pixels, strange, bound == 1 << 24, path))
+                raise UserError(self.describe(pixels, strange, bound, path))
         return labels
 
-    def describe(self, pixels: np.ndarray, strange: np.ndarray, colored: bool, path: str) -> str:
+    def describe(self, pixels: np.ndarray, strange: np.ndarray, bound: int, path: str) -> str:
         """What is wrong with the first strange pixel, and the line that would name it."""
         y, x = (int(i[0]) for i in np.nonzero(strange))
         value, count = int(pixels[y, x]), int((pixels == pixels[y, x]).sum())
-        what, line = f"value {value}", f"= {value}"
-        if colored:
-            line = f"{value & 255} {value >> 8 & 255} {value >> 16}"
-            what = f"colour {line}"
+        what = key_name(value, bound)
+        line = what.replace("colour ", "").replace("value", "=")
+        if bound == 1 << 24 and are_mixtures(found := np.unique(pixels[strange]), [*self.colors]):
+            what = f"{len(found)} colours of no class, such as {line} at x {x}, y {y}"
+            mend = "smoothing (antialiasing) or resizing mixes colours so: export masks without it"
+            return f"{path}: {what}; {mend}"
         if self.source:
             named = f"`NAME {line}` for its class, or " if value >= 0 else ""
             mend = f"{self.source} names no such: write {named}`{IGNORE} {line}`"
@@ -175,17 +203,36 @@ class Labels:
         )
 
 
-def check_transparency(pixels: np.ndarray, path: str) -> None:
-    """Raises UserError if a colour means two things in these RGBA pixels, four bytes in one number: where it
-    is seen, and where it is transparent."""
-    hidden = pixels < 1 << 24
+def key_name(key: int, bound: int) -> str:
+    """A value of masks, or a colour, which are below 1 << 24."""
+    return f"colour {key & 255} {key >> 8 & 255} {key >> 16}" if bound == 1 << 24 else f"value {key}"
+
+
+def are_mixtures(colors: np.ndarray, known: Sequence[int]) -> bool:
+    """Whether these are many colours, packed in numbers, and most lie on a line through two known ones."""
+    if len(colors) <= 10:
+        return False
+    points, first = (
+        np.stack([c & 255, c >> 8 & 255, c >> 16], -1).astype(float)
+        for c in (colors[:: -(-len(colors) // 20)].astype(int), np.array(known)[:, None])  # 20 will do
+    )
+    along, to = first.transpose(1, 0, 2) - first, points[:, None, None] - first  # [point,] first, second
+    share = (to * along).sum(-1, keepdims=True) / np.maximum(1, (along**2).sum(-1, keepdims=True))
+    distance = np.abs(to - share * along).max(-1)
+    return bool((distance <= 2).any((1, 2)).mean() > 0.5)
+
+
+def check_transparency(pixels: np.ndarray, alpha: np.ndarray, bound: int, path: str) -> None:
+    """Raises UserError if a value or colour, below `bound`, means two things in these pixels: where it is
+    seen, and where it is transparent."""
+    hidden = alpha == 0
     if not hidden.any():
         return
-    seen = np.zeros(1 << 24, bool)  # sorting the colours would take seconds
-    seen[pixels[~hidden] & 0xFFFFFF] = True
+    seen = np.zeros(bound, bool)  # sorting the colours would take seconds
+    seen[pixels[~hidden]] = True
     if (both := pixels[hidden][seen[pixels[hidden]]]).size:
-        color = f"{both[0] & 255} {both[0] >> 8 & 255} {both[0] >> 16}"
-        raise UserError(f"{path}: the colour {color} is transparent in places; save the mask without alpha")
+        what = key_name(both[0], bound)
+        raise UserError(f"{path}: the {what} is transparent in places; save the mask without alpha")
 
 
 def read_classes(path: str) -> Labels:

@@ -223,6 +223,68 @@ def test_colour_that_is_transparent_in_places(tmp_path):
     assert labels.read(Image.fromarray(pixels), "x.png").tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
+@pytest.mark.parametrize("mode", ["LA", "PA"])
+def test_value_that_is_transparent_in_places(tmp_path, mode):
+    """The same of grey with alpha, and of values of a palette."""
+    labels = read_classes(write(tmp_path, "ground\nthing\n"))
+    values, alpha = grey([0, 1, 1]), grey([9, 255, 0])
+    picture = Image.merge(mode, (values, alpha))
+    with pytest.raises(UserError, match="x.png: the value 1 is transparent in places; save the mask without"):
+        labels.read(picture, "x.png")
+    picture.putalpha(grey([0, 255, 9]))
+    assert labels.read(picture, "x.png").tolist() == [[0, 1, 1]]
+
+
+def test_palette_in_which_a_colour_is_transparent_in_places(tmp_path):
+    """Going by colours 1 and 2 are one; by the pixels' values they are two."""
+    mask = palette_mask({0: (0, 0, 0), 1: (255, 0, 0), 2: (255, 0, 0)}, [0, 1, 2])
+    mask.info["transparency"] = bytes([255, 255, 0])
+    with pytest.raises(UserError, match="mask.png: the colour 255 0 0 is transparent in places"):
+        read(tmp_path, "a 0 0 0\nb 255 0 0", mask)
+    assert read(tmp_path, "a\nb\nc", mask).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("classes", "levels", "expected"),
+    [
+        ("a\nb = 7\nc = 9", [0, 9, 7], [0, 2, 1]),  # only the greys are classes
+        ("a\nb = 255", [0, 255], [0, 1]),
+        ("a\nb", [0, 255], [0, 1]),  # as white of one bit
+        ("a\nb\nc", [0, 1, 255], [0, 1, None]),
+        ("a\nb\nc", [0, 127, 255], [0, 1, 2]),  # a ramp, to look at
+        ("a\nb\nc", [0, 1, 2], [0, 1, 2]),
+        ("a\nb\nc", [0, 0, 0], [0, 1, 2]),
+        ("a = 0\nb = 2\nc = 40\nd = 90", [0, 40, 90], [0, 2, 3]),
+        ("a\nb\nc\nd", [0, 2, 3], None),  # either
+        ("a\nb\nc", [0, 255], None),
+        ("a 0 0 0\nb 1 0 0\nc 2 0 0\nd 3 0 0", [0, 2, 3], None),
+    ],
+)
+@pytest.mark.parametrize("name", ["mask.png", "mask.gif"])
+def test_palettes_of_greys(tmp_path, classes, levels, expected, name):
+    """A GIF's palette numbers the levels that occur, each file's in its own way."""
+    mask = grey([*range(len(levels))])
+    mask.putpalette([level for level in levels for _ in "rgb"])
+    if expected is None or None in expected:
+        with pytest.raises(UserError, match=f"{name}: .*; save it as grey, without a palette$"):
+            read(tmp_path, classes, mask, name)
+    elif name == "mask.png" or len({*levels}) == len(levels):  # Pillow's GIFs have each level once
+        assert read(tmp_path, classes, mask, name).tolist() == [expected]
+
+
+def test_colours_that_smoothing_has_mixed(tmp_path):
+    classes = np.array([[0, 0, 0], [200, 20, 30], [10, 90, 220]], np.uint8)
+    rows, columns = np.mgrid[:90, :90]
+    mask = Image.fromarray(classes[np.add(rows**2 + columns**2 < 3000, rows + 2 * columns > 200, dtype=int)])
+    text = "a 0 0 0\nb 200 20 30\nc 10 90 220"
+    for turned in (mask.rotate(7, Image.Resampling.BICUBIC), mask.resize((47, 41))):
+        with pytest.raises(UserError, match="colours of no class, such as .*smoothing .antialiasing. or res"):
+            read(tmp_path, text, turned)
+    others = np.random.RandomState(0).randint(0, 256, (5, 9, 3)).astype(np.uint8)
+    with pytest.raises(UserError, match="names no such: write `NAME "):
+        read(tmp_path, text, Image.fromarray(others))
+
+
 def test_minus_one_is_ignored_where_it_is_named(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\nignore = -1\n")
     Image.fromarray(np.array([[-1, 0, 1]], np.int32)).save(tmp_path / "m.tif")
