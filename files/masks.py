@@ -268,10 +268,14 @@ def read_classes(path: str) -> Labels:
     if len(names) == 1:
         hint = "name the background, too, in a line such as `background = 0`"
         raise UserError(f"{path} names one class, {names[0]!r}, and nothing to tell it from: {hint}")
-    ends = [re.fullmatch(r"(.*\S)\s+(\d+)", name) for name in names]
-    if len(names) > 1 and not explicit and all(ends) and len({end[1] for end in ends}) == len(names):
-        line = f"{ends[0][1]} = {ends[0][2]}"
-        raise UserError(f"{path}: the names end in numbers; for those of pixels in masks, write `{line}`")
+    patterns = [r"(?P<name>.*\S)\s+(?P<number>\d+)"]
+    if not colors:  # an export's classes may be called anything
+        patterns += [r"(?P<name>.*\S)\s*\((?P<number>\d+)\)", r"(?P<number>\d+)[_-](?P<name>.*\S)"]
+    for pattern in patterns if not explicit else []:
+        found = [re.fullmatch(pattern, name) for name in names]
+        if all(found) and len({match["name"] for match in found}) == len(names):
+            line = f"{found[0]['name']} = {found[0]['number']}"
+            raise UserError(f"{path}: all names have numbers; for those of pixels in masks, write `{line}`")
     return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
 
 
@@ -291,7 +295,7 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
         mistake = "expected pixel values after `=`, such as `= 255` or `= 7 8`"
         if right.strip().startswith("-"):
             mistake = f"the values of classes are from 0; less is for what is not learned: `{IGNORE} = -1`"
-    elif not name or name.startswith("#"):
+    elif not name or name.startswith(("#", "//", ";", "%")):
         mistake = "a line begins with the name of a class"
     elif max(color, default=0) > 255:
         mistake = "a colour is three numbers of 0 to 255"
@@ -301,7 +305,7 @@ def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[
         mistake = "a colour is three numbers: `name 128 64 128`"
     elif re.search(r"[,;:]\s*\d+$", name):
         mistake = "leave a space between name and numbers: `name r g b`, `name = value`"
-    elif re.match(r"\d+[\s,;:]+\S", name):
+    elif re.match(r"\d+([\s,;:]|[.)]\s)\s*\S", name):
         mistake = "the name comes first: `name`, or `name = value`"
     elif name == IGNORE and not color and not equals:
         mistake = f"say what is ignored: `{IGNORE} = 0`, or `{IGNORE} r g b`"

@@ -51,6 +51,10 @@ def grey(*rows, dtype=np.uint8) -> Image.Image:
         ("ids = 70000\nmore = 70001 3", ["ids", "more"], {70000: 0, 70001: 1, 3: 1, 255: 255}),
         ("a 1 1 1\nignore 224 224 192\nb 2 2 2", ["a", "b"], {0: 0, 1: 1, 255: 255}),
         ("lane 1\nlane 2\n", ["lane 1", "lane 2"], {0: 0, 1: 1, 255: 255}),
+        ("1_road\nsky\n", ["1_road", "sky"], {0: 0, 1: 1, 255: 255}),
+        ("2_wheeler\n4_wheeler\n", ["2_wheeler", "4_wheeler"], {0: 0, 1: 1, 255: 255}),
+        ("2.5D road (1)\n3-way\n", ["2.5D road (1)", "3-way"], {0: 0, 1: 1, 255: 255}),
+        ("0_a = 0\n1_b = 1\n", ["0_a", "1_b"], {0: 0, 1: 1, 255: 255}),
         ("__ignore__\n_background_\na\n", ["_background_", "a"], {0: 0, 1: 1, 255: 255}),  # labelme
     ],
 )
@@ -111,8 +115,15 @@ def test_colours(tmp_path):
         ("Ignore\na\n", ":1: 'Ignore': say what is ignored: `ignore = 0`"),
         (
             "bg 0\nthing 255\n",
-            "classes.txt: the names end in numbers; for those of pixels in masks, write `bg = 0`",
+            "classes.txt: all names have numbers; for those of pixels in masks, write `bg = 0`",
         ),
+        ("0_bg\n1_thing\n", "all names have numbers; for those of pixels in masks, write `bg = 0`"),
+        ("bg (0)\nthing(255)\n", "all names have numbers; for those of pixels in masks, write `bg = 0`"),
+        ("// classes\na\nb\n", ":1: '// classes': a line begins with the name of a class"),
+        ("; classes\na\nb\n", "a line begins with the name of a class"),
+        ("a\n% b\n", "a line begins with the name of a class"),
+        ("1. road\n2. car\n", ":1: '1. road': the name comes first"),
+        ("1) road\n2) car\n", "the name comes first"),
         ("bg 0 0\nthing 1 255\n", "write `bg 0 = 0`"),
         ("bg 0 0 0 0\nthing 1 9 9 9\n", "write `bg = 0`"),
         ("ignore = 0\n", "names no class"),
