@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -443,7 +444,8 @@ def report(parts: Sequence[Split], path: str) -> list[str]:
 
 
 def doubles(parts: Sequence[Split]) -> list[str]:
-    """A line for each split that has images of one before it, or an image several times."""
+    """A line for each split that has images of one before it, an image several times, or one mask of several
+    images."""
     lines = []
     for part in parts:
         seen: dict[bytes, int] = {}
@@ -452,6 +454,10 @@ def doubles(parts: Sequence[Split]) -> list[str]:
             example = part.dataset.pairs[copies[0]][0]
             count = f"{len(copies)} of the {part.name} images"
             lines.append(f"{count} are copies of others, or listed twice: {example} is one")
+        uses = Counter(mask for _, mask in {*part.dataset.pairs} if mask)
+        if shared := [mask for _, mask in part.dataset.pairs if uses[mask] > 1]:
+            count = f"{len(shared)} of the {part.name} images"
+            lines.append(f"{count} share a mask with others: {shared[0]} is one")
     for first, part in combinations(parts, 2):
         known = set(first.hashes.values())
         if common := [index for index, digest in part.hashes.items() if digest in known]:

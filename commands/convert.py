@@ -225,7 +225,7 @@ def choose(export: Export, wanted: Sequence[str] | None, others: str) -> Target:
 def safe_name(name: str) -> str:
     """A class' name in a form that a line of classes.txt can have."""
     name = " ".join(re.sub(r"[,;:](?=\s*\d+$)", " ", name.replace("=", "-")).split())
-    if re.match(r"\d+[\s,;:]+\S|#|$", name) or name.lower() == IGNORE:
+    if re.match(r"\d+([\s,;:]|[.)]\s)\s*\S|#|//|;|%|$", name) or name.lower() == IGNORE:
         return f"class {name}".strip()
     return name
 

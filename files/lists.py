@@ -61,8 +61,13 @@ def read_list(root: str, name: str, hint: str) -> Pairs:
     path, pairs = os.path.join(root, "list", f"{name}.txt"), []
     for number, line in read_lines(path, f"{hint}; --dataset shapes needs no files"):
         line = line.replace("\0", "?")  # which no path can have
-        names = [name.strip().lstrip("/") for name in line.split("\t" if "\t" in line.strip() else None)]
+        words = line.strip().split("\t" if "\t" in line.strip() else None)
+        names = [word.strip().lstrip("/") for word in words]
         paths = [existing(os.path.join(root, name)) for name in names]
+        known = pairs or os.path.exists(paths[0])  # by the first line
+        if not known and ("\\" in line or not os.path.isdir(os.path.dirname(paths[0]))):
+            form = f"paths are relative to {root}, with / between folders and without quotes"
+            raise UserError(f"{path}:{number}: there is no {paths[0]}: {form}")
         if len(paths) == 1 and name == "test":
             pairs.append((paths[0], None))
         elif len(paths) == 2:
@@ -111,6 +116,10 @@ def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
         one = next(path for name, path in masks.items() if stems[name.removesuffix(suffix)] != path)
         other = stems[os.path.splitext(one)[0].removesuffix(suffix)]
         raise UserError(f"{root}/{folder} has {one} and {other}: which of them is meant?")
+    for name in sorted(stems.keys() - images.keys()):  # which a list may leave out
+        ends = (i for i, letter in enumerate(name) if not letter.isalnum() and name[:i] in images)
+        if first := next((name[:i] for i in ends if name[:i] in stems), None):
+            raise UserError(f"{root}/{folder} has {stems[first]} and {stems[name]}: which of them is meant?")
     masks = stems
     lists = {name: os.path.join(root, "ImageSets", "Segmentation", f"{name}.txt") for name in SPLITS}
     if any(map(split_of, images)):
@@ -178,11 +187,17 @@ def split_of(name: str) -> str | None:
 
 def images_below(folder: str) -> dict[str, str]:
     """The image files in a folder and those in it that are not hidden, as Jupyter's are, by their paths
-    relative to it without the endings, in Unicode's form NFC. Raises UserError if two of them differ in their
-    endings alone."""
-    found, left_out = {}, []
+    relative to it without the endings, in Unicode's form NFC. Links that lead back are not followed. Raises
+    UserError if two of them differ in their endings alone."""
+    found, left_out, above = {}, [], {folder: {os.path.realpath(folder)}}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders.copy():
+            path = os.path.join(parent, name)
+            real = os.path.realpath(path)
+            above[path] = {*above[parent], real}
+            leads_back = any(one == real or one.startswith(os.path.join(real, "")) for one in above[parent])
+            if name.startswith(".") or leads_back:
+                folders.remove(name)
         left_out += names
         for name in names:
             if not is_image_name(name):
@@ -197,10 +212,11 @@ def images_below(folder: str) -> dict[str, str]:
 
 
 def common_suffix(images: dict[str, str], masks: dict[str, str]) -> str:
-    """What most names of masks have behind those of their images, by a look at some."""
-    some = list(masks)[:100]
+    """What most names of masks have behind those of their images, by a look at some. Of several rather
+    nothing, as `frame_10` is no mask of `frame_1`, then what begins with no letter or digit."""
+    some = sorted(masks)[:100]
     behind = Counter(name[i:] for name in some for i in range(1, len(name) + 1) if name[:i] in images)
-    return behind.most_common(1)[0][0] if behind else ""
+    return min(behind, key=lambda end: (-behind[end], end != "", end[:1].isalnum(), end), default="")
 
 
 def unique_names(paths: Sequence[str], taken: Iterable[str] = ()) -> list[str]:

@@ -108,6 +108,17 @@ def test_images_that_are_there_twice(cli, tmp_path):
     assert f"1 of the val images are copies of others, or listed twice: {root}/images/val2.jpg" in out
 
 
+def test_mask_of_several_images_is_told(cli, tmp_path):
+    root = make_list_dataset(tmp_path / "set")
+    with open(root / "list/train.txt", "a") as file:
+        file.write("/images/train0.jpg /masks/train0.png\n")  # listed twice, which is another thing
+    assert "share a mask" not in cli(*CHECK, root)[1]
+    (root / "list/val.txt").write_text("".join(f"/images/val{i}.jpg /masks/val1.png\n" for i in range(3)))
+    status, out, _ = cli(*CHECK, root)
+    assert status == 0 and "of the train images share" not in out
+    assert f"3 of the val images share a mask with others: {root}/masks/val1.png is one\n" in out
+
+
 def test_images_in_two_splits_are_counted_by_image(cli, tmp_path):
     """Copies of one training image are as many images; the same file in both lists is one, too."""
     root = make_list_dataset(tmp_path / "set")

@@ -1139,17 +1139,18 @@ def test_an_image_in_two_lists_is_noted(tmp_path, capsys):
 
 
 def test_names_that_classes_txt_could_not_hold(tmp_path, capsys):
-    for number, name in enumerate(("2 wheeler", "a=b", "ignore", "Ignore", "lane: 2", "# x", "ok 3")):
+    for number, name in enumerate(("2 wheeler", "a=b", "ignore", "Ignore", "lane: 2", "# x", "ok 3", "% y")):
         photo(tmp_path / f"e/{number}.jpg")
         shape = {"label": name, "points": [[1, 1], [30, 30]], "shape_type": "rectangle"}
         write(tmp_path / f"e/{number}.json", json.dumps({"shapes": [shape], "imagePath": f"{number}.jpg"}))
     convert(str(tmp_path / "e"), str(tmp_path / "set"))
-    note = "6 classes are renamed, as classes.txt cannot hold their names (the first: '# x', now 'class # x')"
+    note = "7 classes are renamed, as classes.txt cannot hold their names (the first: '# x', now 'class # x')"
     assert note in capsys.readouterr().out
     names = ListSegmentation(str(tmp_path / "set"), "train").classes
     assert names == [
         "background",
         "class # x",
+        "class % y",
         "class 2 wheeler",
         "class Ignore",
         "a-b",
@@ -1157,7 +1158,7 @@ def test_names_that_classes_txt_could_not_hold(tmp_path, capsys):
         "lane 2",
         "ok 3",
     ]
-    assert len(masks_of(tmp_path / "set")) == 7
+    assert len(masks_of(tmp_path / "set")) == 8
 
 
 def test_converting_imports_no_torch(tmp_path):

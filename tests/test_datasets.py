@@ -235,12 +235,14 @@ def test_cut_file_with_an_orientation_is_named(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
 def test_damaged_exif_does_not_spoil_the_image(tmp_path, kind):
     path, rng = tmp_path / f"a.{kind}", np.random.default_rng(0)
-    dataset = SegmentationDataset([(str(path), str(path))], Labels(["a"], [(0, 0, 0)], colors={(0, 0, 0): 0}))
+    mask = tmp_path / ("a.png" if kind == "jpg" else path.name)
+    dataset = SegmentationDataset([(str(path), str(mask))], Labels(["a"], [(0, 0, 0)], colors={(0, 0, 0): 0}))
     for count in range(500):
         data = np.frombuffer(b"Exif\0\0" + exif_of(6).tobytes().removeprefix(b"Exif\0\0"), np.uint8).copy()
         places = rng.integers(len(data), size=1 + count % 6)
         data[places] = rng.integers(256, size=len(places))
-        Image.new("RGB", (30, 20)).save(path, exif=data.tobytes())
+        for name in {path, mask}:
+            Image.new("RGB", (30, 20)).save(name, exif=data.tobytes())
         dataset.sizes = np.zeros((0, 2))
         assert drop_bad(dataset) == [] and sorted(dataset[0][1].shape) == [20, 30]
 

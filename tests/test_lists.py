@@ -11,7 +11,7 @@ from PIL import Image
 
 from commands.check import drop_bad, prepare
 from datasets import ListSegmentation, SegmentationDataset, Shapes
-from files.lists import common_suffix, find_samples, unique_names
+from files.lists import common_suffix, find_samples, images_below, unique_names
 from files.masks import Labels
 from utils import UserError
 
@@ -171,6 +171,67 @@ def test_suffix():
     images = {f"a{i}": "" for i in range(9)} | {"a": ""}
     assert common_suffix(images, {f"a{i}_x": "" for i in range(9)}) == "_x"
     assert common_suffix(images, dict.fromkeys(images)) == "" == common_suffix(images, {"b": ""})
+    frames = {f"frame_{i}": "" for i in range(1, 31)}
+    assert common_suffix(frames, dict.fromkeys(["frame_30", "frame_10", "frame_20"])) == ""
+    both = [f"a{i}{end}" for i in range(9) for end in ("x", "_car", "_road")]
+    assert (
+        common_suffix(images, dict.fromkeys(both))
+        == "_car"
+        == common_suffix(images, dict.fromkeys(both[::-1]))
+    )
+
+
+@pytest.mark.parametrize("first", ["", "_car"])
+def test_two_masks_of_an_image_beside_lists_of_voc(tmp_path, first):
+    """The lists leave out the second, and nothing tells which is meant."""
+    root = make_folders(tmp_path, NAMES[:5], first)
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n".join(NAMES[:3]))
+    shutil.copy(tmp_path / f"masks/img003{first}.png", tmp_path / "masks/more.png")  # of no image
+    assert len(samples(root, "train")) == 3
+    shutil.copy(tmp_path / f"masks/img001{first}.png", tmp_path / "masks/img001_road.png")
+    with pytest.raises(UserError, match=f"has img001{first}.png and img001_road.png: which of them is meant"):
+        samples(root, "train")
+
+
+def test_every_tenth_frame_has_a_mask(tmp_path):
+    root = make_folders(tmp_path, [f"val/frame_{i}" for i in range(1, 31)])
+    for i in range(1, 31):
+        if i % 10:
+            (tmp_path / f"masks/val/frame_{i}.png").unlink()
+    with pytest.raises(UserError, match="frame_1.jpg: no mask of that name in .* .27 such images"):
+        samples(root, "val")
+
+
+def test_links_that_lead_back(tmp_path):
+    """To the folder itself, to one above, to each other; a second link to one folder counts."""
+    make_folders(tmp_path, ["train/1", "val/2"])
+    images = tmp_path / "images"
+    for link, folder in (("again", images), ("val/up", tmp_path), ("test", images / "val")):
+        (images / link).symlink_to(folder)
+    assert {*images_below(str(images))} == {"train/1", "val/2", "test/2"}
+    (images / "train/other").symlink_to(images / "val")
+    (images / "val/other").symlink_to(images / "train")
+    found = {"train/1", "train/other/2", "val/2", "val/other/1", "test/2", "test/other/1"}
+    assert {*images_below(str(images))} == found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "images\\val0.jpg masks\\val0.png",
+        '"images/val0.jpg" "masks/val0.png"',
+        "{0}/images/val0.jpg {0}/masks/val0.png",
+    ],
+)
+def test_paths_of_lists_that_are_none(tmp_path, line):
+    root = make_list_dataset(tmp_path / "set")
+    path = root / "list/val.txt"
+    path.write_text(f"{line.format(root)}\n" * 3)
+    with pytest.raises(UserError, match=f"val.txt:1: there is no .*: paths are relative to {root}, with / "):
+        find_samples(str(root), "val")
+    path.write_text("images/val0.jpg\tmasks/val0.png\t\n\timages/val1.jpg masks/val1.png\n")
+    assert [mask for _, mask in samples(str(root), "val")] == ["masks/val0.png", "masks/val1.png"]
 
 
 def test_folders_without_classes_say_what_they_hold(cli, tmp_path):
@@ -225,6 +286,7 @@ def test_samples_that_cannot_be_used_are_left_out_in_order(tmp_path):
 
 def test_list_of_names_outside_of_ascii(tmp_path):
     (tmp_path / "list").mkdir()
+    (tmp_path / "日本").mkdir()
     (tmp_path / "list/val.txt").write_text("日本/ä.jpg\tmasks/ö 1.png\n/b.jpg /b.png\n", encoding="utf-8")
     assert samples(str(tmp_path), "val") == [("日本/ä.jpg", "masks/ö 1.png"), ("b.jpg", "b.png")]
 
