@@ -42,7 +42,7 @@ PILLOWS_KINDS = ("uint8", "uint16", "int16", "int32", "uint32", "float32")  # th
 NOT_FRAMES = ("MPO", "PSD")  # whose further images are previews, other exposures, layers
 # Tags of TIFF.
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, SUBFILE, FORMAT = 258, 262, 274, 277, 254, 339
-WIDTH, LENGTH, NODATA = 256, 257, 42113  # the last is GDAL's
+WIDTH, LENGTH, COMPRESSION, PLANES, NODATA = 256, 257, 259, 284, 42113  # the last is GDAL's
 BANDED = (0, 1, 2)  # photometric interpretations: grey and RGB; others are palettes, CMYK and the like
 NUMBERS = {1: "uint", 2: "int", 3: "float"}  # sample formats
 JPEG_START, JPEG_PIXELS, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # markers
@@ -72,7 +72,7 @@ class Header(NamedTuple):
 
     `size` is the upright width and height, `kind` numpy's name of the samples' number format, `bands` the
     number of samples in a pixel, see `samples`, `frames` the number of images in the file. `deep`: tifffile
-    reads it, as Pillow shows less than there is, and `turn` is what makes its pixels upright. `unclear`: see
+    reads it, as Pillow does not show it in full, and `turn` is what makes its pixels upright. `unclear`: see
     `is_unclear`. `nodata` is the value that a GeoTIFF has where there is nothing, NaN without one.
     """
 
@@ -189,6 +189,18 @@ def samples(image: Image.Image) -> tuple[str, int]:
     return "uint16" if deep else "uint8", 3
 
 
+def is_misread(image: Image.Image) -> bool:
+    """Whether Pillow takes the numbers in a TIFF for others: 16 bits in uncompressed planes, each byte for
+    one, and those of compressed big-endian ones, if signed or floats, for little-endian."""
+    if image.format != "TIFF":
+        return False
+    tags = image.tag_v2
+    swapped = tags.prefix == b"MM" and image.mode in ("I", "F")
+    if tags.get(COMPRESSION, 1) != 1:
+        return swapped
+    return tags.get(PLANES) == 2 and (swapped or max(tags.get(BITS, (1,))) == 16)
+
+
 def check_bands(path: str, bands: int, reading: Reading) -> None:
     """Raises UserError if nothing tells which bands of an image to take, or it lacks one of them."""
     if reading.bands and max(reading.bands) > max(bands, 3 if bands == 1 else 1):  # grey is R, G and B
@@ -276,6 +288,8 @@ def open_image(
         check_pixels(path, image.size, max_pixels)
         if image.format in NO_PHOTOS:
             raise UserError(f"{path} is {image.format}, which is not read right; convert it to TIFF or PNG")
+        if is_misread(image):
+            raise UserError(f"{path}: Pillow reads other numbers than it has; save it as a PNG")
         if is_mask:
             check_mask(path, image)
         if load:
@@ -306,7 +320,7 @@ def check_mask(path: str, image: Image.Image) -> None:
 def load_pixels(image: Image.Image, path: str) -> Image.Image:
     """An opened image, decoded."""
     try:
-        image.load()
+        load_unmapped(image)
         return image
     except OSError:
         with open(path, "rb") as file:
@@ -314,6 +328,19 @@ def load_pixels(image: Image.Image, path: str) -> Image.Image:
         if mended is None:
             raise
         return mended
+
+
+def load_unmapped(image: Image.Image) -> None:
+    """Decode an opened image. A TIFF that Pillow turns by EXIF is not mapped into memory, where some versions
+    take the turned width for that of the rows."""
+    if image.format != "TIFF" or TURNS.get(image.tag_v2.get(ORIENTATION)) not in SIDEWAYS:
+        image.load()
+        return
+    name, image.filename = image.filename, ""  # without a name nothing is mapped
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def mend_jpeg(data: bytes) -> Image.Image | None:
@@ -338,6 +365,6 @@ def lacks_end(data: bytes) -> bool:
 def upright(image: Image.Image) -> Image.Image:
     """An image, turned as its EXIF orientation says."""
     # Not ImageOps.exif_transpose: that writes the EXIF anew, and fails if another tag of it is damaged.
-    image.load()  # which turns a TIFF
+    load_unmapped(image)  # which turns a TIFF
     turn = turn_of(image.getexif)
     return image if turn is None else image.transpose(turn)

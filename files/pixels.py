@@ -10,7 +10,17 @@ import numpy as np
 from PIL import Image
 
 from files import tiffs
-from files.images import AS_STORED, Header, Reading, check_bands, open_image, read_header, samples, upright
+from files.images import (
+    AS_STORED,
+    Header,
+    Reading,
+    check_bands,
+    is_misread,
+    open_image,
+    read_header,
+    samples,
+    upright,
+)
 from utils import UserError
 
 # Of 16 bits, an eighth of the range: if all values are within so much, 32 levels are left of them in 8 bits.
@@ -87,11 +97,11 @@ def is_flat(image: Image.Image, kind: str, reading: Reading) -> bool:
 
 def to_rgb(image: Image.Image, reading: Reading = AS_STORED) -> Image.Image:
     """A PIL image of any mode as upright RGB of 8 bits, transparency on white. Raises UserError if its
-    numbers or bands are not those of `reading`, or Pillow shows less than its file has."""
+    numbers or bands are not those of `reading`, or Pillow shows less than its file has, or other numbers."""
     name, (kind, bands) = getattr(image, "filename", "") or "the image", samples(image)
     check_bands(name, bands, reading)
-    if bands not in (1, 3) or (bands == 3 and kind != "uint8" and reading.value_range):
-        raise UserError(f"{name} has {bands} bands of {kind}, of which Pillow shows less: give its path")
+    if bands not in (1, 3) or (bands == 3 and kind != "uint8" and reading.value_range) or is_misread(image):
+        raise UserError(f"{name} has {bands} bands of {kind}, which Pillow shows only in part: give its path")
     if kind not in ("uint8", "uint16") and reading.value_range is None:
         found = "{} has {} values from {:.6g} to {:.6g}".format(name, kind, *image.getextrema())
         raise UserError(f"{found}: a model that is trained with --value_range takes such")

@@ -20,7 +20,7 @@ import deeplab
 import main
 from files import images, lists
 from files.images import Reading, open_image, read_header
-from files.pixels import read_image
+from files.pixels import read_image, to_rgb
 from utils import UserError
 
 tifffile = pytest.importorskip("tifffile")
@@ -115,6 +115,66 @@ def test_turned_tiff(tmp_path):
         assert read_header(str(tmp_path / "a.tif")).size == (20, 30)
         found = pixels(tmp_path / "a.tif", value_range=(LOW, HIGH))
         assert np.array_equal(found[..., 0], np.rot90(scaled(values), -1))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "RGB", "LA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_turn_of_a_tiff_without_compression(tmp_path, mode, orientation):
+    """Pillow maps some of them into memory by the width that they have once they are turned."""
+    values = RNG.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    stored = Image.fromarray(values[..., :3]).convert("L" if mode == "I;16" else mode)
+    stored = Image.fromarray(np.asarray(stored).astype(np.uint16) * 257) if mode == "I;16" else stored
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored.save(tmp_path / "a.tif", exif=exif)
+    stored.save(tmp_path / "plain.tif")
+    bands = {"bands": (1, 1, 1)} if mode == "LA" else {}
+    expected = Image.fromarray(pixels(tmp_path / "plain.tif", **bands))
+    if orientation in images.TURNS:
+        expected = expected.transpose(images.TURNS[orientation])
+    assert np.array_equal(pixels(tmp_path / "a.tif", **bands), expected)
+    if mode != "LA":
+        assert np.array_equal(to_rgb(Image.open(tmp_path / "a.tif")), expected)
+        assert open_image(str(tmp_path / "a.tif")).filename == str(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"compression": "deflate"}])
+def test_planes_of_16_bits(tmp_path, options, byteorder):
+    """Pillow takes each byte of them for a number, if they are not compressed."""
+    values = RNG.integers(0, 1 << 16, (20, 30, 4), dtype=np.uint16)
+    path, planes = str(tmp_path / "a.tif"), values.transpose(2, 0, 1)
+    options = {**options, "byteorder": byteorder, "planarconfig": "separate"}
+    tifffile.imwrite(path, planes[:3], photometric="rgb", **options)
+    assert np.array_equal(pixels(path), values[..., :3] >> 8)
+    assert np.array_equal(pixels(path, value_range=(LOW, HIGH)), scaled(values[..., :3]))
+    if "compression" in options:
+        assert np.array_equal(to_rgb(Image.open(path)), values[..., :3] >> 8)
+        return
+    with pytest.raises(
+        UserError, match="a.tif has 3 bands of uint16, which Pillow shows only in part: give its path"
+    ):
+        to_rgb(Image.open(path))
+    with pytest.raises(UserError, match="a.tif: Pillow reads other numbers than it has; save it as a PNG"):
+        open_image(path, is_mask=True)
+    tifffile.imwrite(path, planes, photometric="separated", **options)
+    with pytest.raises(UserError, match="a.tif has uint16 values, photometric .*; save it as grey or RGB"):
+        pixels(path)
+    Image.fromarray(values[..., 0]).save(path, tiffinfo={284: 2})  # GDAL writes grey so, too
+    assert np.array_equal(pixels(path)[..., 1], values[..., 0] >> 8)
+
+
+@pytest.mark.parametrize("compression", [None, "deflate", "lzw"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_big_endian_numbers(tmp_path, dtype, compression):
+    if compression == "lzw":
+        pytest.importorskip("imagecodecs")
+    values, path = draw(dtype, 20, 30), str(tmp_path / "a.tif")
+    tifffile.imwrite(path, values, photometric="minisblack", compression=compression, byteorder=">")
+    assert np.array_equal(pixels(path, value_range=(LOW, HIGH))[..., 0], scaled(values))
+    if compression and dtype in ("int16", "int32", "float32"):
+        with pytest.raises(UserError, match="give its path"):
+            to_rgb(Image.open(path), Reading((LOW, HIGH)))
 
 
 def write_png16(path, values):
