@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +116,28 @@ def test_exported_network_predicts_as_the_model(cli, tmp_path, monkeypatch, netw
         assert np.array_equal(logits.argmax(1), labels)
         assert (labels == expected).mean() >= (0.999 if labels.size > 1000 else 1)
         assert len(np.unique(expected)) > 1 or labels.size < 1000  # so that there is something to compare
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_example_of_the_readme_predicts_as_the_model(cli, tmp_path, ending):
+    """As it stands there, also of photos that are turned, and of grey of 16 bits."""
+    if ending == "onnx":
+        skip_without_onnx()
+    make_checkpoint(tmp_path / "x.pth", aspp_rates=[6], image_pooling=False)
+    assert cli("--export", f"net.{ending}", "--checkpoint", "x.pth")[0] == 0
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = (text for text in re.findall("```python\n(.*?)```", readme, re.S) if f"net.{ending}" in text)
+    rng, model, exif = np.random.default_rng(0), deeplab.load(tmp_path / "x.pth"), Image.Exif()
+    exif[274] = 6
+    colours = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((80, 60))
+    deep = np.asarray(colours.convert("L")).astype(np.uint16) * 257
+    for photo in (colours, Image.fromarray(deep), colours.convert("P")):
+        photo.save("photo.png", exif=exif)
+        found = {}
+        exec(example.replace("photo.jpg", "photo.png"), found)
+        labels = np.asarray(found["labels"])[0]
+        assert labels.shape == (80, 60) and len(np.unique(labels)) > 1 and found["classes"] == CLASSES
+        assert (labels == model.predict("photo.png")).mean() >= 0.999, photo.mode
 
 
 def test_export_that_differs_is_not_left_behind(cli, tmp_path, monkeypatch):
