@@ -59,11 +59,12 @@ def read(path: str) -> dict:
     if state is None:
         raise UserError(f"{path} holds no state_dict of tensors")
     config, names = entries.get("model", {}), entries.get("classes", [])
-    if state is not entries.get("state_dict"):
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if state is not entries.get("state_dict") or not isinstance(config, dict) or not (config or named):
         entries = {}  # another program's
-    elif not isinstance(config, dict) or any(isinstance(value, Tensor) for value in config.values()):
+    elif any(isinstance(value, Tensor) for value in config.values()):
         raise UserError(f"{path} does not say what model it holds")
-    elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    elif not named:
         raise UserError(f"{path} does not name its classes")
     prefix = re.compile(r"^((module|_orig_mod|model)\.)+")  # of DDP, torch.compile, Lightning
     state = {file_name(prefix.sub("", str(key))): value for key, value in state.items()}
@@ -87,6 +88,9 @@ def load_file(path: str) -> object:
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             hint = "if it is a whole model of yours, save torch.save(model.state_dict(), FILE) instead"
+            if "deeplab.DeepLabv3" in str(error):  # of which the state_dict does not tell the rates, say
+                hint = "instead of the model save torch.save(files.checkpoints.model_entries(model), FILE)"
+                hint += ", with the names and colours in model.classes and model.palette"
             raise UserError(
                 f"{path} is refused: it is a pickle that names code, not only tensors; {hint}"
             ) from error
@@ -133,8 +137,8 @@ def load_imagenet(model: nn.Module) -> None:
 
 
 def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
-    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing or as
-    `check_tensor`."""
+    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing, the source's has
+    others, or as `check_tensor`."""
     # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
     fresh = "conv1." if model.config["beta"] and "conv1.weight" in source else "-"
     own = {k: v for k, v in model.trunk.state_dict().items() if not k.startswith(fresh)}
@@ -144,6 +148,10 @@ def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
         raise UserError(
             f"{path}: {len(missing)} of the trunk's {len(own)} tensors are not in it: {missing[0]}"
         )
+    known, parts = model.trunk.state_dict(), {key.partition(".")[0] for key in own}
+    if unknown := [key for key in source if key.partition(".")[0] in parts and key not in known]:
+        found = f"{len(unknown)} tensors of its trunk are not of {model.config['backbone']}'s"
+        raise UserError(f"{path}: {found}, {unknown[0]} first: it is of another network")
     for key, tensor in own.items():
         check_tensor(source, key, tensor, path)
     model.trunk.load_state_dict({key: source[key] for key in own}, strict=False)
@@ -207,7 +215,9 @@ def model_config(checkpoint: dict, path: str) -> dict:
         "image_pooling": kernels[-1] == 1,
         "aspp_rates": [6 * (i + 1) for i in range(kernels.count(3))],
     }
-    if "head.conv1.weight" in state:  # rates 12, 24, 36
+    if "head.low.weight" in state:
+        config["head"] = "v3plus"
+    elif "head.conv1.weight" in state:  # rates 12, 24, 36
         config |= {"head": "torchvision", "output_stride": 8}
         if backbone == "mobilenet_v3_large":
             config |= {"output_stride": 16, "aspp_rates": [12, 24, 36]}

@@ -103,10 +103,16 @@ def test_checkpoint_without_a_flaw(cli, smallest, tmp_path, kind):
         ({"state_dict": {"conv1.weight": torch.zeros(1)}}, "does not hold the weights of a DeepLabv3"),
         ([1, 2], "holds no state_dict of tensors"),
         ({"state_dict": {}}, "holds no state_dict of tensors"),
-        ({"state_dict": {"a": torch.zeros(1)}, "model": [1]}, "does not say what model it holds"),
+        ({"state_dict": {"a": torch.zeros(1)}, "model": [1]}, "does not hold the weights of a DeepLabv3"),
         ({"state_dict": {"a": torch.zeros(1)}, "model": {"beta": torch.ones(2)}}, "does not say what model"),
-        ({"state_dict": {"a": torch.zeros(1)}, "classes": "abc"}, "does not name its classes"),
-        ({"state_dict": {"a": torch.zeros(1)}, "classes": ["a", 1]}, "does not name its classes"),
+        (
+            {"state_dict": {"a": torch.zeros(1)}, "model": {"beta": 1}, "classes": "abc"},
+            "does not name its classes",
+        ),
+        (
+            {"state_dict": {"a": torch.zeros(1)}, "model": {"beta": 1}, "classes": ["a", 1]},
+            "does not name its classes",
+        ),
     ],
 )
 def test_file_that_is_no_checkpoint(tmp_path, monkeypatch, content, message):

@@ -169,10 +169,13 @@ def rename(state: dict, prefix: str) -> dict:
         lambda state: {"model_state": rename(state, "_orig_mod.module.")},
         lambda state: {"state_dict": rename(state, "model._orig_mod."), "pytorch-lightning_version": "2.5"},
         lambda state: {"model_ema": rename(state, "module."), "model": None},
+        lambda state: {"state_dict": state, "model": "deeplabv3_resnet50"},
+        lambda state: {"state_dict": state, "classes": 3},
     ],
 )
-def test_files_of_other_programs(tmp_path, wrap):
-    source = deeplab.build("tiny", False, 3)
+@pytest.mark.parametrize("head", ["v3", "v3plus"])
+def test_files_of_other_programs(tmp_path, wrap, head):
+    source = deeplab.build("tiny", False, 3, head=head)
     torch.save(wrap(source.state_dict()), tmp_path / "x.pth")
     loaded = deeplab.load(tmp_path / "x.pth").state_dict()
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in source.state_dict().items())
@@ -200,8 +203,10 @@ def test_what_a_file_seems_to_be(cli, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     torch.save(nn.Sequential(nn.Conv2d(3, 3, 1)), tmp_path / "module.pth")
     torch.save(rename(nn.Linear(2, 2).state_dict(), "encoder."), tmp_path / "other.pth")
+    torch.save(deeplab.build("tiny", False, 3), tmp_path / "ours.pth")
     for name, hint in (
         ("module", "save torch.save(model.state_dict(), FILE) instead"),
+        ("ours", "save torch.save(files.checkpoints.model_entries(model), FILE)"),
         ("other", "encoder.weight"),
     ):
         status, _, err = cli("--predict", "a.png", "--checkpoint", f"{name}.pth")
@@ -222,6 +227,10 @@ def test_start_from_a_trunk_alone(cli, small, tmp_path):
     assert not torch.equal(saved["module.aspp.conv2.weight"], source.aspp.conv2.weight)
     status, _, err = cli("--predict", "set/images/val0.jpg", "--checkpoint", "trunk.pth")
     assert status == 1 and one_line(err) and "trunk.pth" in err
+    torch.save({**state, "layer1.0.se.fc1.weight": torch.zeros(16, 256, 1, 1)}, tmp_path / "se.pth")
+    status, _, err = cli(*flags, "--init", "se.pth")
+    assert status == 1 and one_line(err) and "se.pth: 1 tensors of its trunk are not of tiny's" in err
+    assert "layer1.0.se.fc1.weight first" in err
 
 
 def test_fine_tuning_torchvision_weights(cli, tmp_path):
