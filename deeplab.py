@@ -496,7 +496,8 @@ class DeepLabv3(nn.Module):
         overlap: float = 0.25,
     ) -> np.ndarray | list[np.ndarray]:
         """Segment an image: a PIL image of any mode and size, turned as its EXIF orientation says, the path
-        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey; or a list of them.
+        of such a file, or a uint8 array (H, W, 3) of RGB or (H, W) of grey; or a list of them. The three of
+        an array are what the network gets, also if the model takes other `bands` of files.
 
         Args:
             scales, flip, max_side: as for `Inference`.
@@ -532,8 +533,9 @@ class DeepLabv3(nn.Module):
                 return out
             pixels = torch.from_numpy(to_array(image if tile else shrink(image, max_side))).permute(2, 0, 1)
             scores = self.segment(pixels[None].to(self.pixel_mean.device), inference, softmax=probabilities)
-            if probabilities:
-                return self.resize(scores.float(), size[::-1])[0].cpu().numpy()
+            if probabilities:  # not `resize`: `shrink` goes by the corners of pixels, whatever the head
+                scores = F.interpolate(scores.float(), size[::-1], mode="bilinear", align_corners=False)
+                return scores[0].cpu().numpy()
             return enlarge(scores[0].argmax(0).byte().cpu().numpy(), size)
 
     def train(self, mode: bool = True) -> "DeepLabv3":

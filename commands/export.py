@@ -38,7 +38,8 @@ class Exported(nn.Module):
 def export(model: DeepLabv3, path: str, about: dict) -> None:
     """Write a model of `DeepLabv3.fuse`, which is on the CPU, to `path`: .pt2 is torch.export's format, .onnx
     that of ONNX. The file appears once it has been loaded and gives the model's predictions. It takes images
-    of any size and number, but torch.export refuses those one pixel wide in networks with GroupNorm.
+    of any size and number, but torch.export refuses those one pixel wide in networks with GroupNorm, and
+    sides up to the output stride in those with torchvision's head, which pads nothing.
 
     Args:
         about: what to know of it, in values that JSON has; it travels in the file.

@@ -299,6 +299,23 @@ def test_predict_in_python(tmp_path, monkeypatch):
             model.predict(image, **options)
 
 
+@pytest.mark.parametrize("head", ["v3", "torchvision"])
+def test_labels_and_probabilities_of_a_shrunk_image_lie_on_the_image(monkeypatch, head):
+    """An eighth of the size: its pixels are enlarged where they were, at the borders, too."""
+    model = deeplab.build("tiny", False, 3, head=head)
+
+    def segment(images, inference, softmax):  # black is class 0, white class 1
+        white = images[:, 0].float() / 255
+        return torch.stack([1 - white, white, 0 * white], 1)
+
+    monkeypatch.setattr(model, "segment", segment)
+    stripes = np.repeat((np.arange(1600) // 80 % 2)[None], 320, 0).astype(np.uint8)
+    for image in (255 * stripes, 255 * stripes.T):
+        labels, scores = (model.predict(image, max_side=200, probabilities=p) for p in (False, True))
+        assert np.array_equal(labels, image // 255)
+        assert np.array_equal(scores.argmax(0), labels)
+
+
 def test_prediction_leaves_the_modes_as_they_were(tmp_path, monkeypatch):
     """A part that its user has set to eval stays so; also if the prediction fails."""
     model = deeplab.build("tiny", False, 3)
