@@ -1,6 +1,7 @@
 """Image files: how they are opened, and what their headers tell by themselves."""
 
 import math
+import os
 import struct
 from collections.abc import Callable
 from functools import cache, partial
@@ -185,8 +186,11 @@ def samples(image: Image.Image) -> tuple[str, int]:
     if image.mode.startswith("I"):
         # Of files with 16 bits some versions of Pillow make 32.
         return "uint16" if image.mode != "I" or image.format in ("PNG", "PPM") else "int32", 1
-    deep = image.format == "PNG" and image.tile and ";16" in image.tile[0][3]
-    return "uint16" if deep else "uint8", 3
+    tile = image.tile if image.format == "PNG" else []
+    if image.format == "PNG" and not tile and os.path.isfile(image.filename):  # it is decoded already
+        with Image.open(image.filename) as unread:
+            tile = unread.tile
+    return "uint16" if tile and ";16" in tile[0][3] else "uint8", 3
 
 
 def is_misread(image: Image.Image) -> bool:

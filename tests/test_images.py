@@ -225,6 +225,26 @@ def test_png_of_16_bits(tmp_path):
         pixels(tmp_path / "a.png", value_range=(LOW, HIGH))
 
 
+def test_pil_images_of_16_bits_in_colour(tmp_path):
+    """Pillow has their high bytes alone, also once they are decoded, where the file alone tells it."""
+    for name, deep in (("deep.png", True), ("plain.png", False)):
+        path = tmp_path / name
+        values = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint16)
+        write_png16(path, values << 8) if deep else Image.fromarray(values.astype(np.uint8)).save(path)
+        for decoded in (False, True):
+            image = Image.open(path)
+            if decoded:
+                image.load()
+            assert np.array_equal(to_rgb(image), values)
+            if deep:
+                with pytest.raises(UserError, match="deep.png has 3 bands of uint16, .*: give its path"):
+                    to_rgb(image, Reading((LOW, HIGH)))
+            else:
+                assert np.array_equal(to_rgb(image, Reading((LOW, HIGH))), values)
+    path.unlink()
+    assert np.array_equal(to_rgb(image, Reading((LOW, HIGH))), values)
+
+
 def test_8_bits_have_no_use_for_a_range(tmp_path):
     values = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for name in ("a.png", "a.tif", "a.bmp"):
