@@ -31,20 +31,19 @@ OVERLAY_PIXELS, OVERLAY_SIDE = 2**26, 65_000
 
 
 def image_files(paths: Sequence[str], out: str) -> list[str]:
-    """The files of these paths, each once, however it is spelled; the results go to the folder `out`.
+    """The files of these paths, each once, by the first of its names; the results go to the folder `out`.
 
     A folder stands for the images in it, a pattern such as `photos/**/*.jpg` for what it matches, and `-` for
-    the paths on standard input, one a line. Prints what a folder has besides images. Raises UserError if
-    there are none, or a folder or a pattern leads into `out`."""
-    files = {}
+    the paths on standard input, one a line. Prints what a folder has besides images, and how many names were
+    of files that had been named. Raises UserError if there are none, or a folder or a pattern leads into
+    `out`."""
+    files, named = {}, 0
     for path in (path for word in paths for path in (read_paths() if word == "-" else [word])):
         found, left_out = [path], ""
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
             found = [os.path.join(path, name) for name in names if is_image_name(name)]
-            left_out = describe_left_out(
-                name for name in names if not os.path.isdir(os.path.join(path, name))
-            )
+            left_out = describe_folder(path, names, out)
         elif glob.has_magic(path) and not os.path.exists(path):
             found = sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
         folders = {os.path.realpath(os.path.dirname(name)) + os.sep for name in found if name != path}
@@ -55,10 +54,28 @@ def image_files(paths: Sequence[str], out: str) -> list[str]:
             raise UserError(f"no images in {path}: {hint}")
         if left_out:
             print(f"{path}: {left_out}")
-        files.update({os.path.realpath(name): name for name in found if os.path.realpath(name) not in files})
+        for name in found:
+            files.setdefault(os.path.realpath(name), name)
+        named += len(found)
     if not files:
         raise UserError("no paths of images came on standard input")
+    if named > len(files):
+        print(f"{named - len(files)} names were of files that had been named: each is predicted once")
     return list(files.values())
+
+
+def describe_folder(folder: str, names: Sequence[str], out: str) -> str:
+    """What is left out of a folder with these names in it: what `describe_left_out` says, and other folders
+    than `out`."""
+    paths = {name: os.path.join(folder, name) for name in names}
+    folders = {name: path for name, path in paths.items() if os.path.isdir(path)}
+    described = describe_left_out(name for name in names if name not in folders)
+    folders = [name for name in folders if not (name.startswith(".") or is_image_name(name))]
+    folders = [name for name in folders if os.path.realpath(paths[name]) != os.path.realpath(out)]
+    if not folders:
+        return described
+    hint = f"left out {len(folders)} folders, which '{os.path.join(folder, '**', '*.jpg')}' looks into"
+    return f"{described}; {hint}" if described else hint
 
 
 def read_paths() -> list[str]:
@@ -184,22 +201,34 @@ def print_notes(notes: Counter, inference: Inference) -> None:
 
 
 def earlier_rows(out: str) -> list[list[str]]:
-    """What an earlier prediction has written to predictions.csv: the header and the rows of masks that are
+    """What an earlier prediction has written to predictions.csv: the header and the rows of which a result is
     still there."""
     path = f"{out}/predictions.csv"
     header, *rows = (read_csv(path) if os.path.exists(path) else []) or [[]]
-    return [header, *(row for row in rows if len(row) > 1 and os.path.exists(f"{out}/{row[1]}"))]
+    there = (row for row in rows if len(row) > 1 and any(map(os.path.exists, results(out, row[1]))))
+    return [header, *there]
+
+
+def results(out: str, mask: str) -> list[str]:
+    """The paths of what may be written with a mask of this name."""
+    name = mask.removesuffix("_mask.png")
+    return [f"{out}/{name}_{end}" for end in ("mask.png", "overlay.jpg", "confidence.png")]
 
 
 def result_names(files: Sequence[str], earlier: list[list[str]], out: str) -> list[str]:
     """What the names of each file's results begin with; a file that is predicted anew keeps its name. Raises
-    UserError if `out` has a mask of another origin in the place of one."""
+    UserError if `out` has a file of another origin in the place of one, or a file is an earlier result."""
     files = [os.path.abspath(file) for file in files]
     names = {file: mask.removesuffix("_mask.png") for file, mask, *_ in earlier[1:]}
+    folder = os.path.realpath(out)
+    own = {os.path.normpath(path) for _, mask, *_ in earlier[1:] for path in results(folder, mask)}
+    if result := next((file for file in files if os.path.realpath(file) in own), None):
+        hint = "leave it out, or name another --out"
+        raise UserError(f"{result} is what an earlier prediction has written into --out: {hint}")
     new = [file for file in files if file not in names]
     taken = {name.lower() for name in names.values()}
     names |= dict(zip(new, unique_names(new, taken), strict=True))
-    for path in (f"{out}/{names[file]}_mask.png" for file in new):
+    for path in (path for file in new for path in results(out, names[file])):
         if os.path.exists(path):
             raise UserError(f"{path} is there, and not in predictions.csv: move it, or name another --out")
     return [names[file] for file in files]
@@ -209,7 +238,7 @@ def save_rows(out: str, header: list[str], earlier: list[list[str]], rows: list[
     """Write predictions.csv with the rows of earlier masks, too. An earlier file of other classes, whose rows
     have other columns, is renamed."""
     path, masks = f"{out}/predictions.csv", {row[1] for row in rows}
-    kept = [row for row in earlier[1:] if row[1] not in masks]
+    kept = [row for row in earlier[1:] if row[1] not in masks and os.path.exists(f"{out}/{row[1]}")]
     if kept and earlier[0] != header:
         os.rename(path, copy := free_name(f"{path}.old"))
         print(f"{path} is of other classes: it is now {copy}")

@@ -369,6 +369,62 @@ def test_one_photo_is_predicted_once_however_it_is_spelled(cli, trained, tmp_pat
     paths = ["in/a.png", "./in/a.png", tmp_path / "in/a.png", "link.png", "in", "in/*"]
     status, out, _ = cli("--predict", *paths, "--checkpoint", trained[0], "--out", "out")
     assert status == 0 and "1 of 1 images" in out and list(masks_below(tmp_path / "out")) == ["a"]
+    assert "5 names were of files that had been named: each is predicted once" in out
+    # The first name is the file's, in whichever order the names come, and in a folder or pattern, too.
+    (tmp_path / "in/b.png").symlink_to("a.png")
+    for number, paths in enumerate((["in"], ["in/*"], ["in/a.png", "link.png"])):
+        status, out, _ = cli("--predict", *paths, "--checkpoint", trained[0], "--out", f"out{number}")
+        assert status == 0 and list(masks_below(tmp_path / f"out{number}")) == ["a"]
+        assert "1 names were of files that had been named" in out
+    status, out, _ = cli("--predict", "in/a.png", "--checkpoint", trained[0], "--out", "out3")
+    assert status == 0 and "names" not in out
+
+
+def test_folders_in_a_folder_are_told(cli, trained, tmp_path):
+    """But not hidden ones, nor the one of the results."""
+    for name in ("deep/a.png", "more/a.png", ".cache/a.png", "b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "in" / name)
+    (tmp_path / "in/notes.txt").touch()
+    flags = ["--checkpoint", trained[0], "--out", "in/out"]
+    for _ in range(2):
+        status, out, _ = cli("--predict", "in", *flags)
+        told = "in: left out 1: 1 .txt; left out 2 folders, which 'in/**/*.jpg' looks into\n"
+        assert status == 0 and "1 of 1 images" in out and told in out
+    assert "folders" not in cli("--predict", "in/deep", *flags)[1]
+    (tmp_path / "in/b.png").unlink()
+    status, _, err = cli("--predict", "in", *flags)
+    assert status == 1 and one_line(err) and "no images in in: left out 1: 1 .txt; left out 2 folders" in err
+
+
+def test_results_are_not_predicted_again(cli, trained, tmp_path, monkeypatch):
+    """As a shell or find would give them, where the results lie beside the photos."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    flags = ["--checkpoint", trained[0], "--out", "."]
+    assert cli("--predict", "a.png", *flags, "--confidence")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("a_mask.png", "a_overlay.jpg", "a_confidence.png"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"a.png\n{name}\n".encode())))
+        for paths in (["a.png", name], ["-"]):
+            status, _, err = cli("--predict", *paths, *flags)
+            assert (
+                status == 1 and one_line(err) and f"{name} is what an earlier prediction has written" in err
+            )
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert cli("--predict", "a.png", *flags)[0] == 0  # it alone is predicted anew
+
+
+@pytest.mark.parametrize("name", ["a_mask.png", "a_overlay.jpg", "a_confidence.png"])
+def test_files_of_others_are_not_replaced(cli, trained, tmp_path, name):
+    """A photo of that name, or what somebody has drawn; it may be one of those to predict."""
+    for file in ("a.jpg", name):
+        Image.new("RGB", (9, 9), "red").save(tmp_path / file)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for paths in (["a.jpg"], ["a.jpg", name]):
+        status, _, err = cli("--predict", *paths, "--checkpoint", trained[0], "--out", ".")
+        assert status == 1 and one_line(err) and f"{name} is there, and not in predictions.csv" in err
+    after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    assert after == before
 
 
 def test_rows_of_earlier_predictions_stay_with_their_masks(cli, trained, tmp_path):
@@ -382,6 +438,8 @@ def test_rows_of_earlier_predictions_stay_with_their_masks(cli, trained, tmp_pat
 
     a, b, c = ([f"{name}.png", f"{name}_mask.png"] for name in "abc")
     assert predicted("a.png", "b.png") == [a, b] and predicted("c.png", "a.png") == [b, c, a]
+    (tmp_path / "out/b_mask.png").unlink()
+    assert predicted("b.png") == [c, a, b]  # the overlay is replaced
     (tmp_path / "out/b_mask.png").unlink()
     assert predicted("c.png") == [a, c]
 
