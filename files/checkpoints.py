@@ -137,8 +137,8 @@ def load_imagenet(model: nn.Module) -> None:
 
 
 def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
-    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing, the source's has
-    others, or as `check_tensor`."""
+    """Load the trunk of a `DeepLabv3` alone. Raises UserError if a tensor of it is missing or as
+    `check_tensor`."""
     # The source's stem is one 7x7 conv, so the three of --beta start from their initialisation.
     fresh = "conv1." if model.config["beta"] and "conv1.weight" in source else "-"
     own = {k: v for k, v in model.trunk.state_dict().items() if not k.startswith(fresh)}
@@ -148,10 +148,6 @@ def load_trunk(model: nn.Module, source: dict[str, Tensor], path: str) -> None:
         raise UserError(
             f"{path}: {len(missing)} of the trunk's {len(own)} tensors are not in it: {missing[0]}"
         )
-    known, parts = model.trunk.state_dict(), {key.partition(".")[0] for key in own}
-    if unknown := [key for key in source if key.partition(".")[0] in parts and key not in known]:
-        found = f"{len(unknown)} tensors of its trunk are not of {model.config['backbone']}'s"
-        raise UserError(f"{path}: {found}, {unknown[0]} first: it is of another network")
     for key, tensor in own.items():
         check_tensor(source, key, tensor, path)
     model.trunk.load_state_dict({key: source[key] for key in own}, strict=False)
@@ -288,6 +284,12 @@ def init_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
 
     Prints what it starts from. Raises UserError as `load_weights` and `compare_classes`."""
     if is_trunk(checkpoint):
+        known = model.trunk.state_dict()
+        layers = {key.partition(".")[0] for key in known} - {"conv1"}  # which --beta has in three
+        layer_keys = [key for key in checkpoint["state_dict"] if key.partition(".")[0] in layers]
+        if unknown := [key for key in layer_keys if key not in known]:
+            found = f"{len(unknown)} tensors of its trunk are not of {model.config['backbone']}'s"
+            raise UserError(f"{path}: {found}, {unknown[0]} first: it is of another network")
         load_trunk(model, checkpoint["state_dict"], path)
         print(f"starts from the trunk in {path}; ASPP and the head start anew")
         return
