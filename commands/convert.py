@@ -38,7 +38,7 @@ from files.exports import (
     recognize,
 )
 from files.images import SIDEWAYS, UNCLEAR, is_unclear, open_image, stored_size
-from files.lists import every_fifth, unique_names
+from files.lists import every_fifth, photo_of, unique_names
 from files.masks import IGNORE, MAX_CLASSES, VOC_CLASSES, read_classes
 from files.pictures import Palette, voc_palette
 from files.polygons import read_labelme, read_yolo
@@ -263,7 +263,10 @@ def assign_splits(kept: list[Kept], folders: list[str], notes: Notes) -> list[Ke
     free = [item for item in kept if item.split != "test" or found == {"test"}]
     names = {item: path_within(item.image, folders) for item in free}
     val, all_names = every_fifth(names.values()), set(names.values())
-    val = val if 0 < len(val) < len(all_names) or not free else {min(all_names)}
+    if free and not 0 < len(val) < len(all_names):
+        first = min(all_names)
+        val = {name for name in all_names if photo_of(name) == photo_of(first)}
+        val = val if val < all_names else {first}
     print("the export is not split into train and val: a hash of its path puts every fifth image in val")
     splits = {item: "val" if name in val else "train" for item, name in names.items()}
     return [item._replace(split=splits.get(item, item.split)) for item in kept]

@@ -98,7 +98,7 @@ def read_coco(export: str, files: list[str], images: str | None) -> Export:
         split = split_in(stem) or split_in(os.path.basename(os.path.dirname(os.path.abspath(path))))
         where = image_folders(path, stem, images)
         for image in entries.values():
-            found = find_image(image.file_name, where, notes, bool(images))
+            found = find_image(image.file_name, where, notes, images)
             if not found:
                 notes.add(f"images of {path} are not there: left out", image.file_name)
                 continue

@@ -158,26 +158,31 @@ def load_json(path: str, hook: Callable[[dict], Any] | None = None) -> Any:
 # what several formats need
 
 
-def find_image(name: str, folders: list[str], notes: Notes, within: bool = False) -> str | None:
-    """The path of an image in the first of these folders that has it, which moves to the front; `within`: not
-    one that a name with `..` leads to. If none has it with the folders in its name, it is looked for without
+def find_image(name: str, folders: list[str], notes: Notes, within: str | None = None) -> str | None:
+    """The path of an image in the first of these folders that has it, which moves to the front; with `within`
+    none that is not below that folder. If none has it with the folders in its name, it is looked for without
     them, and noted."""
     name = name.replace("\\", "/")
-    leads_out = os.path.isabs(name) or os.path.normpath(name).startswith(os.pardir)
-    forms = [] if within and leads_out else [name, normalize("NFC", name), normalize("NFD", name)]
-    for form in dict.fromkeys([*forms, os.path.basename(name)]):
+    for form in dict.fromkeys((name, normalize("NFC", name), normalize("NFD", name), os.path.basename(name))):
         for folder in folders:
             path = os.path.join(folder, form)
-            if os.path.isfile(path):
+            if os.path.isfile(path) and (within is None or is_below(path, within)):
                 folders.remove(folder)
                 folders.insert(0, folder)
                 moved = "/" in name and "/" not in form
                 reason = "images are not in the folders that the export names: taken by their file names"
                 notes.add(reason, name, moved)
+                reason = "images have absolute paths in the export: taken from there"
+                notes.add(reason, name, os.path.isabs(form) and within is None)
                 short = os.path.normpath(path)  # not of a link's `..`
                 is_same = os.path.exists(short) and os.path.samefile(short, path)
                 return short if is_same else os.path.realpath(path)
     return None
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder, or of something in it."""
+    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(os.path.realpath(folder), ""))
 
 
 def known_size(width: Any, height: Any, where: str) -> tuple[int, int] | None:

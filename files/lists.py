@@ -151,9 +151,13 @@ def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
 
 
 def every_fifth(names: Iterable[str]) -> set[str]:
-    """The names that their hashes put in val; Roboflow's augmented copies x.rf.1 and x.rf.2 stay together."""
-    photos = {name: re.sub(r"\.rf\.\w+$", "", name) for name in names}
-    return {name for name, photo in photos.items() if zlib.crc32(os.fsencode(photo)) % 5 == 0}
+    """The names that the hashes of their photos put in val, see `photo_of`."""
+    return {name for name in names if zlib.crc32(os.fsencode(photo_of(name))) % 5 == 0}
+
+
+def photo_of(name: str) -> str:
+    """What Roboflow's augmented copies of one photo, x.rf.1 and x.rf.2, have in common."""
+    return re.sub(r"\.rf\.\w+$", "", name)
 
 
 def existing(path: str) -> str:

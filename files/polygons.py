@@ -21,6 +21,7 @@ from files.exports import (
     class_name,
     example,
     find_image,
+    is_below,
     known_size,
     load_json,
     note_twins,
@@ -45,10 +46,10 @@ def read_labelme(export: str, files: list[str], images: str | None) -> Export:
         beside = [os.path.splitext(os.path.basename(path))[0] + ending for ending in sorted(image_endings())]
         where = [os.path.dirname(path)]
         if images:
-            where = [images, os.path.join(images, os.path.relpath(where[0], export))]
-        image = name and find_image(name, where, notes, bool(images))
+            where = [os.path.join(images, os.path.relpath(where[0], export)), images, *where]
+        image = name and find_image(name, where, notes, images)
         if not image:
-            image = next(filter(None, (find_image(other, where, notes) for other in beside)), None)
+            image = next(filter(None, (find_image(other, where, notes, images) for other in beside)), None)
             reason = "images have another name in their JSON files: taken by the names of these"
             notes.add(reason, f"{name} of {path}", bool(name and image))
         if not image:
@@ -155,22 +156,10 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
     classes = [BACKGROUND, *dict.fromkeys(name for name in names.values() if name != BACKGROUND)]
     numbers = {key: classes.index(name) for key, name in names.items()}
     note_twins([classes[number] for number in numbers.values()], notes)
-    root = os.path.dirname(path) or "."
-    given = os.path.join(root, str(data.get("path") or ""))
-    is_there, own = os.path.isdir(given), os.path.join(os.path.realpath(root), "")
-    notes.add("paths of data.yaml are not there: its own folder taken", str(data.get("path")), not is_there)
-    given = given if is_there else root
-    if os.path.join(os.path.realpath(given), "").startswith(own):
-        root = given
-    entries = [
-        (key, str(entry))
-        for key in ("train", "val", "valid", "test")
-        for entry in (data[key] if isinstance(data.get(key), list) else [data.get(key)])
-        if entry
-    ]
-    folders = yolo_folders(root, given, [entry for _, entry in entries], notes)
-    for key, entry in entries:
-        for image in yolo_images(folders[entry], [root, given], notes) if entry in folders else ():
+    own = os.path.dirname(path) or "."
+    folders = yolo_folders(own, data, notes)
+    for key, folder in folders:
+        for image in yolo_images(folder, own, notes):
             folder, name = os.path.split(image)
             folder = re.sub(r"^(.*[/\\]|)images(?=[/\\]|$)", r"\1labels", folder)
             content = (os.path.join(folder, os.path.splitext(name)[0] + ".txt"), numbers)
@@ -200,48 +189,73 @@ def load_yaml(path: str) -> dict:
     return {**data, "names": names}
 
 
-def yolo_folders(root: str, given: str, entries: list[str], notes: Notes) -> dict[str, str]:
-    """Where each entry of data.yaml is, a folder or a list of files: below `root`, its own folder or one in
-    it, or else below `given`, the one that it names.
+def yolo_folders(own: str, data: dict, notes: Notes) -> list[tuple[str, str]]:
+    """The folders of images, or lists of them, that a data.yaml in the folder `own` names, each with its key.
 
-    Its paths may be those of another machine, or of the folder that it was copied from. For train/images
-    beside it Roboflow writes `../train/images`, where another export may lie."""
-    beside = {entry: find_below(root, entry) for entry in entries}
-    for entry, here in beside.items():
-        named = os.path.join(given, entry)
-        if here:
-            twice = os.path.exists(named) and not os.path.samefile(named, here)
-            notes.add("folders of data.yaml are also beside it: taken from there", entry, twice)
-        elif not os.path.exists(named) or (entry.startswith("../") and any(beside.values())):
+    For train/images beside it Roboflow writes `../train/images`, where another export may lie. Of absolute
+    paths see `relocate`."""
+    path = str(data.get("path") or "").replace("\\", "/")
+    given = os.path.join(own, path)
+    notes.add("paths of data.yaml are not there: its own folder taken", path, not os.path.isdir(given))
+    given = given if os.path.isdir(given) else own
+    entries = []
+    for key in ("train", "val", "valid", "test"):
+        for entry in data[key] if isinstance(data.get(key), list) else [data.get(key)]:
+            entries += [(key, str(entry).replace("\\", "/").rstrip("/"))] if entry else []
+    named = {entry: entry if is_absolute(entry) else os.path.join(given, entry) for _, entry in entries}
+    moved = relocate([named[entry] for entry in named if is_absolute(entry) or is_absolute(path)], own)
+    root = given if is_below(given, own) else own
+    beside = {
+        e: os.path.join(root, e[3:]) for e in named if re.fullmatch(r"\.\./(train|valid|test)/images", e)
+    }
+    beside = beside if any(map(os.path.exists, beside.values())) else {}
+    found = []
+    for key, entry in entries:
+        path = beside.get(entry) or moved.get(named[entry]) or named[entry]
+        if not os.path.exists(path) and entry not in beside:  # dataset/train, of a file in dataset
+            path = os.path.join(given, entry.partition("/")[2] or entry)
+        if not os.path.exists(path):
             notes.add("folders of data.yaml are not there: left out", entry)
-        else:
-            notes.add("folders that data.yaml names are outside of its own: taken from there", named)
-            beside[entry] = named
-    return {entry: folder for entry, folder in beside.items() if folder}
+            continue
+        twice = os.path.exists(named[entry]) and not os.path.samefile(named[entry], path)
+        notes.add("folders of data.yaml are also beside it: taken from there", entry, twice)
+        reason = "folders that data.yaml names are outside of its own: taken from there"
+        notes.add(reason, path, not is_below(path, own))
+        found.append((key, path))
+    return found
 
 
-def find_below(folder: str, path: str) -> str | None:
-    """The file or folder below `folder` that a path stands for: without `../`, or its first folder, or, of an
-    absolute one, as many as it takes."""
-    path = path.removeprefix("../")
-    forms = [path.split("/", n)[-1] for n in range(path.count("/") + 1)]
-    forms = forms[1:] if os.path.isabs(path) else forms[:2]
-    return next(filter(os.path.exists, (os.path.join(folder, form) for form in forms)), None)
+def is_absolute(path: str) -> bool:
+    """Whether a path is absolute, be it one of Windows."""
+    return os.path.isabs(path) or re.match("[A-Za-z]:/", path) is not None
 
 
-def yolo_images(path: str, roots: list[str], notes: Notes) -> list[str]:
-    """The images in a folder, or those of a list, whose names are relative to one of `roots` or to the list;
-    those of the first come first."""
+def relocate(paths: list[str], own: str) -> dict[str, str]:
+    """What these absolute paths stand for in the folder `own`, if they are those of another machine, or of a
+    folder that it is a copy of: then all of them are in it, and none is named as such."""
+    if any(is_below(path, own) for path in paths):
+        return {}
+    found = {}
+    for path in paths:
+        ends = (path.split("/", n)[-1] for n in range(1, path.count("/") + 1))
+        found[path] = next(filter(os.path.exists, (os.path.join(own, end) for end in ends)), None)
+    is_copy = None not in found.values() and len({*found.values()}) == len(found)
+    return {path: here for path, here in found.items() if here and (is_copy or not os.path.exists(path))}
+
+
+def yolo_images(path: str, own: str, notes: Notes) -> list[str]:
+    """The images in a folder, or those of a list, whose names are relative to data.yaml's folder `own`, or to
+    the list's."""
     if os.path.isdir(path):
         return [os.path.join(path, name) for _, name in sorted(images_below(path).items())]
-    found, where = [], [roots[0], os.path.dirname(path), *roots[1:]]
-    for _, line in read_lines(path, "it names the images"):
-        name = line.strip()
-        image = next(filter(None, (find_below(folder, name) for folder in where)), None)
-        if image is None:
-            image = find_image(name, where, notes)
-            reason = f"images of {path} are outside of the export: taken from there"
-            notes.add(reason, name, bool(image and os.path.isabs(name)))
+    names = [line.strip().replace("\\", "/") for _, line in read_lines(path, "it names the images")]
+    moved = relocate([name for name in names if is_absolute(name)], own)
+    found, where = [], [os.path.dirname(path), own]
+    for name in names:
+        twice = name in moved and os.path.exists(name)
+        notes.add(f"images of {path} are also beside data.yaml: taken from there", name, twice)
+        inner = name.partition("/")[2]
+        image = moved.get(name) or find_image(name, where, notes) or find_image(inner, where, notes)
         if image:
             found.append(image)
         else:

@@ -504,6 +504,46 @@ def test_a_copy_of_an_export_of_yolo(kind, tmp_path, capsys):
     assert "folders that data.yaml names are outside of its own: taken from there" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("text", "train", "val"),
+    [
+        ("train: ../a/images/train\nval: images/val", ["a/train"], ["b/val"]),
+        ("path: ..\ntrain: a/images/train\nval: b/images/val", ["a/train"], ["b/val"]),
+        ("train: [images/train, ../a/images/train]\nval: images/val", ["a/train", "b/train"], ["b/val"]),
+        (
+            "train: [ROOT/a/images/train, ROOT/b/images/train]\nval: images/val",
+            ["a/train", "b/train"],
+            ["b/val"],
+        ),
+        ("train: relative.txt\nval: images/val", ["a/train"], ["b/val"]),
+        ("train: absolute.txt\nval: images/val", ["a/train", "b/train"], ["b/val"]),
+        ("train: images\\train\\\nval: ./images/val/\ntest: test/", ["b/train"], ["b/val"]),
+        ("train: C:/x/images/train\nval: ../a/images/val", ["b/train"], ["a/val"]),
+    ],
+)
+def test_a_data_yaml_that_names_other_folders(text, train, val, tmp_path):
+    """They are as they are written, though the same lie beside it."""
+    pytest.importorskip("yaml")
+    for name, label in (("a", 0), ("b", 1)):
+        for split in ("train", "val"):
+            for number in range(2):
+                photo(tmp_path / f"{name}/images/{split}/{number}{name}.jpg")
+                write(tmp_path / f"{name}/labels/{split}/{number}{name}.txt", f"{label} 0 0 1 0 1 1")
+    (tmp_path / "b/test").mkdir()
+    (tmp_path / "b/test").rmdir()
+    paths = sorted(tmp_path.rglob("images/train/*.jpg"))
+    write(tmp_path / "b/absolute.txt", "".join(f"{path}\n" for path in paths))
+    write(tmp_path / "b/relative.txt", "".join(f"../a/images/train/{path.name}\n" for path in paths[:2]))
+    write(tmp_path / "b/data.yaml", f"names: [cat, dog]\n{text}\n".replace("ROOT", str(tmp_path)))
+    convert(str(tmp_path / "b"), str(tmp_path / "set"))
+    found = {"train": set(), "val": set()}
+    for path, (split, mask) in masks_of(tmp_path / "set").items():
+        name, _, folder = os.path.relpath(path, tmp_path).split("/")[:3]
+        found[split].add(f"{name}/{folder}")
+        assert mask.max() == {"a": 1, "b": 2}[name]
+    assert found == {"train": set(train), "val": set(val)}
+
+
 def test_names_that_yaml_takes_for_something_else(tmp_path):
     make_yolo(tmp_path)
     write(tmp_path / "data.yaml", "train: train/images\nval: valid/images\nnames: [no, yes]\n")
@@ -1033,6 +1073,16 @@ def test_augmented_copies_of_a_photo_are_in_one_split(tmp_path):
     for path, (split, _) in masks_of(tmp_path / "set").items():
         parts[split].add(Path(path).name.partition(".")[0])
     assert len(parts["val"]) > 2 and not parts["train"] & parts["val"]
+    few = [f"IMG_{number}_jpg.rf.{copy}" for number in (0, 1, 2) for copy in "ab"]
+    assert not every_fifth(few)  # then the first photo is val
+    for name in few:
+        labelme_file(tmp_path / f"few/{name}.json", "cat")
+    convert(str(tmp_path / "few"), str(tmp_path / "set of few"))
+    splits = {Path(path).name: split for path, (split, _) in masks_of(tmp_path / "set of few").items()}
+    assert [name for name in sorted(splits) if splits[name] == "val"] == [
+        "IMG_0_jpg.rf.a.jpg",
+        "IMG_0_jpg.rf.b.jpg",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["labelme", "coco"])
@@ -1058,11 +1108,30 @@ def test_images_are_the_named_folders_own(kind, tmp_path, capsys):
     assert note in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_paths_that_lead_into_the_named_folder(absolute, tmp_path, capsys):
+    """../images/cam/0.jpg is that image of --images, and not another 0.jpg in it."""
+    for number in range(3):
+        labelme_file(tmp_path / f"json/{number}.json", "cat")
+        os.remove(tmp_path / f"json/{number}.jpg")
+        image = photo(tmp_path / f"images/cam/{number}.jpg")
+        photo(tmp_path / f"images/{number}.jpg")
+        data = json.loads((tmp_path / f"json/{number}.json").read_text())
+        data["imagePath"] = str(image) if absolute else f"../images/cam/{number}.jpg"
+        write(tmp_path / f"json/{number}.json", json.dumps(data))
+    convert(str(tmp_path / "json"), str(tmp_path / "set"), str(tmp_path / "images"))
+    assert {os.path.dirname(path) for path in masks_of(tmp_path / "set")} == {str(tmp_path / "images/cam")}
+    assert "by their file names" not in capsys.readouterr().out
+    convert(str(tmp_path / "json"), str(tmp_path / "other"))
+    assert ("3 images have absolute paths in the export" in capsys.readouterr().out) == absolute
+
+
 def test_labelme_with_images_in_the_same_folders(tmp_path):
     """json/train/0.json and images/train/0.jpg."""
     for name in ("train/0", "train/1", "val/0"):
         labelme_file(tmp_path / f"json/{name}.json", "cat")
         os.renames(tmp_path / f"json/{name}.jpg", tmp_path / f"images/{name}.jpg")
+        photo(tmp_path / f"images/{os.path.basename(name)}.jpg")  # others
     convert(str(tmp_path / "json"), str(tmp_path / "set"), str(tmp_path / "images"))
     found = {
         os.path.relpath(path, tmp_path): split for path, (split, _) in masks_of(tmp_path / "set").items()
