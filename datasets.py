@@ -147,7 +147,7 @@ class SegmentationDataset(Dataset):
     def save(self, folder: str, index: int, labels: np.ndarray) -> str:
         """Write predicted labels (H, W), as a palette PNG; returns its path."""
         path = f"{folder}/{self.names[index]}.png"
-        save_mask(path, labels, self.palette)
+        save_mask(path, labels, self.palette, self.classes)
         return path
 
     def collate(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

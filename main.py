@@ -429,7 +429,8 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
         result, details = evaluate(model, dataset, device, inference, args.workers, args.samples, folder)
     if RANK:
         return
-    about = {"checkpoint": path, "model": model.config, "flags": vars(args)}
+    flags = {**vars(args), "data_root": os.path.abspath(args.data_root)}  # data/ may be a link
+    about = {"checkpoint": path, "model": model.config, "flags": flags}
     print_left_over(folder, details)
     if not dataset.has_masks:
         save_json(f"{folder}/metrics.json", about)  # whose predictions these are

@@ -260,7 +260,8 @@ def check_ignored(dataset: SegmentationDataset, pixels: np.ndarray) -> None:
     if by_color and open_image(dataset.pairs[0][1], load=False).mode in COLOR_MODES:
         return
     if labels.ignored_by_default:
-        hint = f"if it is {others[0]!r}, write `{others[0]} = 255` in {labels.source or 'classes.txt'}"
+        hint = f"if it is {others[0]!r}, write `{others[0]} = 255` in {labels.source}"
+        hint = hint if labels.source else "these are not the data set's masks"
         found = f"only {first!r} and 255" if pixels[0] else "only 255"
         raise UserError(f"the masks hold {found}, and 255 is ignored: {hint}")
 

@@ -246,10 +246,12 @@ def check_samples(samples: list[Sample], notes: Notes) -> None:
 
 def path_within(image: str, folders: list[str]) -> str:
     """The path of an image, without the ending, in the first of these folders that holds it, or else from the
-    last: other images do not change it, nor does another place of the export."""
+    last: other images do not change it, nor does another place of the export, nor whether the export has its
+    images or --images names them, the folder `images` itself, say."""
     image, *folders = (os.path.splitdrive(os.path.abspath(path))[1] for path in (image, *folders))
     folder = next((f for f in folders if image.startswith(os.path.join(f, ""))), folders[-1])
-    return os.path.splitext(os.path.relpath(image, folder))[0].replace(os.sep, "/")
+    path = os.path.splitext(os.path.relpath(image, folder))[0].replace(os.sep, "/")
+    return re.sub(r"^((images|jpegimages|img|imgs|data|default)/)+", "", path, flags=re.IGNORECASE)
 
 
 def assign_splits(kept: list[Kept], folders: list[str], notes: Notes) -> list[Kept]:

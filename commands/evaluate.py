@@ -32,7 +32,8 @@ from utils import (
 )
 
 RESULTS = ("samples.png", "report.html", "per_image.csv", "metrics.json")
-COMPARED = ("scales", "flip", "tile", "overlap", "amp", "output_stride")  # flags that change results
+# Flags that change results.
+COMPARED = ("scales", "flip", "tile", "overlap", "amp", "output_stride", "value_range", "bands")
 COUNTED = 1 << 22  # pixels that are counted at once, in integers of 64 bits
 
 

@@ -362,5 +362,5 @@ def check_values(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--color_jitter is from 0 to below 1: 0.4, say")
     if args.class_weights not in (None, ["auto"]) and not all(map(is_positive, args.class_weights)):
         parser.error("--class_weights are positive numbers, one for each class, or auto")
-    if args.dataset == "custom" and not args.data_root and not (args.predict or args.download):
+    if args.dataset == "custom" and not args.data_root and not (args.predict or args.export or args.download):
         parser.error("--dataset custom needs --data_root DIR: a folder with images/, masks/ and classes.txt")

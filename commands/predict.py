@@ -231,6 +231,9 @@ def result_names(files: Sequence[str], earlier: list[list[str]], out: str) -> li
     for path in (path for file in new for path in results(out, names[file])):
         if os.path.exists(path):
             raise UserError(f"{path} is there, and not in predictions.csv: move it, or name another --out")
+    if again := sum(os.path.exists(f"{out}/{names[file]}_mask.png") for file in files):
+        there = len(earlier) - 1 - again
+        print(f"replaces {again} masks in {out}; {max(0, there)} others of earlier predictions stay there")
     return [names[file] for file in files]
 
 
@@ -305,5 +308,7 @@ def write_result(
         save_image(f"{path}_confidence.png", grey.resize(photo.size, Image.Resampling.BILINEAR))
     elif os.path.exists(f"{path}_confidence.png"):
         os.remove(f"{path}_confidence.png")  # of an earlier mask
-    save_mask(f"{path}_mask.png", labels, model.palette)  # last: where it is, nothing is missing
+    save_mask(
+        f"{path}_mask.png", labels, model.palette, model.classes
+    )  # last: where it is, nothing is missing
     return counts / labels.size

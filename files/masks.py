@@ -1,5 +1,6 @@
 """What the pixels of a mask mean: the classes, their values and colours, as classes.txt describes them."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from files.images import PHOTOMETRIC
-from files.pictures import Palette, voc_palette
+from files.pictures import NAMES, Palette, voc_palette
 from files.whole import read_lines
 from utils import IGNORE_INDEX, UserError
 
@@ -73,6 +74,8 @@ class Labels:
         if picture.mode in ("LA", "PA"):
             picture, alpha = picture.getchannel(0), picture.getchannel(1)
             check_transparency(np.asarray(picture), np.asarray(alpha), 256, path)
+        if picture.mode == "P" and (table := self.named_in(picture)) is not None:
+            return table[np.asarray(picture)]
         if picture.mode == "P" and self.colors and self.goes_by_color(picture, path):
             return self.read(picture.convert("RGBA" if picture.has_transparency_data else "RGB"), path)
         if picture.mode == "P" and not self.colors and self.goes_by_grey(picture, path):
@@ -98,6 +101,20 @@ class Labels:
         """The label of each value and each colour, such as `value 7` and `colour 0 0 128`."""
         values = {key_name(value, 256): label for value, label in self.values.items()}
         return values | {key_name(color, 1 << 24): label for color, label in self.colors.items()}
+
+    def named_in(self, picture: Image.Image) -> np.ndarray | None:
+        """The label of each value of a palette mask that says what they are, as predictions do: these are
+        numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask, or one
+        with other classes."""
+        try:
+            names = json.loads(picture.info.get(NAMES, ""))
+        except (TypeError, ValueError):
+            return None
+        if not isinstance(names, list) or not all(name in self.classes for name in names):
+            return None
+        table = np.full(256, IGNORE_INDEX, np.uint8)
+        table[: len(names)] = [self.classes.index(name) for name in names]
+        return table
 
     def goes_by_color(self, picture: Image.Image, path: str) -> bool:
         """Whether the colours of a palette mask tell the classes, and not the values of its pixels.
@@ -127,9 +144,8 @@ class Labels:
             raise UserError(f"{path}: a palette of greys that are not the values of its pixels; {hint}")
         index = next(i for i in colors if labels[i] is None)
         color = " ".join(map(str, colors[index]))
-        found = (
-            f"{path}: its palette has the colour {color} at {index}, which {self.source} gives to no class"
-        )
+        source = self.source or "VOC, as no labelmap.txt names others,"
+        found = f"{path}: its palette has the colour {color} at {index}, which {source} gives to no class"
         raise UserError(f"{found}; give the classes the masks' colours, or none to go by the pixels' values")
 
     def goes_by_grey(self, picture: Image.Image, path: str) -> bool:

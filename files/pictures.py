@@ -1,5 +1,6 @@
 """Pictures of labels: palettes, overlays, legends, sheets of samples; plots."""
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from files.whole import write_whole
 from utils import UserError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Palette = Sequence[Sequence[int]]  # (r, g, b) in 0..255 for each class
+NAMES = "classes"  # the text in a PNG that names its labels, a list in JSON
 
 
 def voc_palette(num_colors: int = 256) -> list[list[int]]:
@@ -95,17 +98,19 @@ def sample_sheet(
     return add_legend(sheet, labels, classes, palette)
 
 
-def save_image(path: str, image: Image.Image) -> None:
-    """Write a picture whole or not at all, in the format of the path's ending."""
+def save_image(path: str, image: Image.Image, **options) -> None:
+    """Write a picture whole or not at all, in the format of the path's ending, with Pillow's `options`."""
     format = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
-    write_whole(path, lambda file: image.save(file, format))
+    write_whole(path, lambda file: image.save(file, format, **options))
 
 
-def save_mask(path: str, mask: np.ndarray, palette: Palette) -> None:
-    """Write uint8 labels (H, W) as a palette PNG: the pixels are the labels, the palette only shows them."""
-    image = Image.fromarray(mask)
+def save_mask(path: str, mask: np.ndarray, palette: Palette, classes: Sequence[str]) -> None:
+    """Write uint8 labels (H, W) as a palette PNG: the pixels are the labels, the palette only shows them, and
+    a text in the file names them."""
+    image, about = Image.fromarray(mask), PngInfo()
     image.putpalette(np.asarray(palette, np.uint8).tobytes())
-    save_image(path, image)
+    about.add_text(NAMES, json.dumps(list(classes)))
+    save_image(path, image, pnginfo=about)
 
 
 def make_figure(width: float, height: float) -> "Figure":

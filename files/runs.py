@@ -81,6 +81,8 @@ class Run(NamedTuple):
             found = f"{log} ends before {newest[0].path}, so it is the log of another run"
             raise UserError(f"--best: {found}: name a file by --checkpoint")
         rows = [row for row in rows if row["val_mean_iou"]]
+        if newest and not newest[0].iteration and newest[0].epoch not in {row["epoch"] for row in rows}:
+            print(f"{newest[0].path} was not validated: --best passes it over")
         if not rows:
             raise UserError(f"--best: no validation is in {log}; without --best the newest is taken")
         rows = [row for row in rows if row["val_set"] in ("", rows[-1]["val_set"])]  # others do not compare
@@ -117,7 +119,8 @@ def find_checkpoint(
         path = Run(backbone or "*", dataset, exp).checkpoint(epoch or 0)
         path = path if epoch else path.replace("_epoch0.pth", "_epoch*.pth")
         hint = "train it by --train, or name another file by --checkpoint"
-        if others := [other for other in sorted(glob("data/*.pth")) if f"_v3_{exp}_epoch" in other]:
+        pattern = rf"data/deeplab_.+_v3_{re.escape(exp)}_epoch\d+(_iter\d+)?\.pth"
+        if others := [other for other in sorted(glob("data/*.pth")) if re.fullmatch(pattern, other)]:
             hint = f"but there is {others[-1]}: add its --dataset, or name it by --checkpoint"
         raise UserError(f"there is no {path}: {hint}")
     return found[0]

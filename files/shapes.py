@@ -57,6 +57,7 @@ def draw_shapes(root: str) -> None:
     os.chmod(temporary, 0o755)
     for folder in ("JPEGImages", "SegmentationClass", "list"):
         os.mkdir(os.path.join(temporary, folder))
+    classes = ["background", *SHAPES]
     palette = [(0, 0, 0), *(color for _, _, color in SHAPES.values())]
     rng = np.random.RandomState(0)
     for split, count in (("train", 240), ("val", 60)):
@@ -65,12 +66,12 @@ def draw_shapes(root: str) -> None:
             image, mask = draw_scene(rng)
             image_name, mask_name = f"JPEGImages/{split}_{i:03}.jpg", f"SegmentationClass/{split}_{i:03}.png"
             image.save(os.path.join(temporary, image_name), quality=90)
-            save_mask(os.path.join(temporary, mask_name), np.asarray(mask), palette)
+            save_mask(os.path.join(temporary, mask_name), np.asarray(mask), palette, classes)
             lines.append(f"/{image_name} /{mask_name}\n")
         with open(os.path.join(temporary, "list", f"{split}.txt"), "w") as file:
             file.writelines(lines)
     with open(os.path.join(temporary, "classes.txt"), "w") as file:
-        names = zip(["background", *SHAPES], palette, strict=True)
+        names = zip(classes, palette, strict=True)
         file.writelines(f"{name} {r} {g} {b}\n" for name, (r, g, b) in names)
     try:
         os.rename(temporary, root)

@@ -1172,6 +1172,26 @@ def test_label_that_is_null(tmp_path):
         convert(str(tmp_path / "export"), str(tmp_path / "set"))
 
 
+def test_val_stays_when_the_images_are_named(tmp_path):
+    """An export with its images, and a later one without them."""
+    found = []
+    for root in ("first", "second"):
+        for number in range(20):
+            labelme_file(tmp_path / f"{root}/annotations/{number}.json", "cat")
+            path = tmp_path / f"{root}/annotations/{number}"
+            write(
+                path.with_suffix(".json"),
+                path.with_suffix(".json").read_text().replace(f"{number}.jpg", f"../images/{number}.jpg"),
+            )
+            os.renames(path.with_suffix(".jpg"), tmp_path / f"{root}/images/{number}.jpg")
+    shutil.rmtree(tmp_path / "second/images")
+    for root, images in (("first", None), ("second", str(tmp_path / "first/images"))):
+        convert(str(tmp_path / root), str(tmp_path / f"{root} set"), images)
+        masks = masks_of(tmp_path / f"{root} set")
+        found.append({Path(path).stem for path, (split, _) in masks.items() if split == "val"})
+    assert found[0] == found[1] == every_fifth(map(str, range(20)))
+
+
 def test_labelme_at_any_depth(tmp_path):
     """Other JSON files, which come first, do not hide it."""
     for name in ("z/0", "z/day/1", "z/day/cam/lane/night/2"):

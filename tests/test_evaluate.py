@@ -30,8 +30,10 @@ from PIL import Image
 
 import commands.evaluate
 import deeplab
+import main
 from commands.check import drop_bad
 from commands.evaluate import confusion_matrices, evaluate, results_folder
+from commands.flags import parse_args
 from datasets import Cityscapes, ListSegmentation, SegmentationDataset
 from deeplab import Inference
 from files.masks import Labels
@@ -545,10 +547,31 @@ def test_evaluation_that_is_cut_leaves_no_report_of_another(cli, trained, monkey
     assert status == 0 and "earlier evaluation" not in out and not list(folder.glob("*.old"))
 
 
+def test_results_in_a_folder_that_is_a_link(cli, trained, tmp_path, monkeypatch):
+    """data/ of two folders, in each of which --data_root is another."""
+    flags = ["--checkpoint", trained[0], "--dataset", "custom", "--data_root"]
+    shutil.copytree(trained[1], tmp_path / "set")
+    assert cli(*flags, "set")[0] == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/data").symlink_to("../data")
+    shutil.copytree(trained[1], tmp_path / "other/set")
+    monkeypatch.chdir(tmp_path / "other")
+    for root, status in (("../set", 0), ("set", 1)):
+        with pytest.raises(SystemExit) as stop:
+            main.main(parse_args([*map(str, flags), root, "--device", "cpu", "--workers", "0"]))
+        assert stop.value.code == status
+
+
 def test_results_of_other_flags_are_told(cli, trained):
     """Before they are replaced."""
     flags = ["--checkpoint", trained[0], "--dataset", "custom", "--data_root", trained[1]]
-    for more, told in (([], ""), ([], ""), (["--flip"], "--flip False to True"), (["--flip"], "")):
+    for more, told in (
+        ([], ""),
+        ([], ""),
+        (["--flip"], "--flip False to True"),
+        (["--flip"], ""),
+        (["--flip", "--value_range", 0, 9], "--value_range None to [0.0, 9.0]"),
+    ):
         status, out, _ = cli(*flags, *more)
         assert status == 0 and ("replaces the results" in out) == bool(told) and told in out
 

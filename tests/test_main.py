@@ -446,6 +446,10 @@ def test_experiment_of_another_data_set(cli, smallest, tmp_path):
     status, _, err = cli("--exp", "car")
     assert status == 1 and one_line(err)
     assert "there is data/deeplab_tiny_custom_v3_car_epoch1.pth: add its --dataset" in err
+    shutil.move(
+        "data/deeplab_tiny_custom_v3_car_epoch1.pth", "data/deeplab_tiny_custom_v3_car_epoch3_epoch1.pth"
+    )
+    assert "train it by --train" in cli("--exp", "car")[2]  # that is car_epoch3
 
 
 def test_data_set_of_other_classes(cli, smallest, tmp_path):

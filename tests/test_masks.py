@@ -16,6 +16,7 @@ from commands.check import unseen_classes
 from datasets import ListSegmentation, load_batches
 from files.images import open_image
 from files.masks import Labels, describe_pixels, read_classes
+from files.pictures import save_mask
 from utils import UserError
 
 
@@ -190,6 +191,26 @@ COLORED = "sky 70 130 180\nroad 128 64 128\ncar 0 0 142\nignore 1 1 1\n"
 )
 def test_palettes(tmp_path, classes, colors, labels):
     assert read(tmp_path, classes, palette_mask(colors, [0, 1, 2])).tolist() == [labels]
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ("a\nb\nc\n", [0, 1, 2]),
+        ("ignore = 0\na = 1\nb = 2\nc = 3\n", [0, 1, 2]),  # as the masks were that it was trained on
+        ("c\na\nx\nb\n", [1, 3, 0]),
+        ("a 0 0 0\nb 9 9 9\nc 1 2 3\n", [0, 1, 2]),  # other colours than at the time
+        ("d\ne\nf\n", [0, 1, 2]),  # by hand for these masks: they go by value, as all do
+        ("ignore = 0\nd = 1\ne = 2\n", [255, 0, 1]),
+    ],
+)
+def test_predictions_that_become_masks(tmp_path, classes, expected):
+    """They say what their numbers are, whatever classes.txt says of the masks that people drew."""
+    labels = np.repeat(np.arange(3, dtype=np.uint8), 4).reshape(3, 4)
+    save_mask(str(tmp_path / "m.png"), labels, [(0, 0, 0), (9, 9, 9), (1, 2, 3)], ["a", "b", "c"])
+    (tmp_path / "classes.txt").write_text(classes)
+    found = read_classes(str(tmp_path / "classes.txt")).read(Image.open(tmp_path / "m.png"), "m.png")
+    np.testing.assert_array_equal(found, np.array(expected, np.uint8)[labels])
 
 
 def test_palette_that_contradicts_the_classes(tmp_path):

@@ -25,6 +25,8 @@ from commands.evaluate import confusion_matrices, metrics
 from commands.flags import parse_args
 from deeplab import Inference
 from files.lists import unique_names
+from files.masks import Labels
+from files.pictures import voc_palette
 from files.pixels import to_rgb
 from utils import UserError
 
@@ -457,6 +459,21 @@ def test_a_photo_predicted_anew_has_one_row_and_one_mask(cli, trained, tmp_path)
     assert sorted(masks_below(tmp_path / "out")) == ["x/a", "y/a"]
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*_confidence.png"))
     assert found == ["y/a_confidence.png"]
+
+
+def test_masks_that_are_replaced_are_told(cli, trained, tmp_path):
+    """They may be another checkpoint's."""
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"in/{name}.png")
+    flags = ["--checkpoint", trained[0], "--out", "out", "--predict"]
+    assert "replaces" not in cli(*flags, "in")[1]
+    assert (
+        "replaces 1 masks in out; 2 others of earlier predictions stay there\n" in cli(*flags, "in/b.png")[1]
+    )
+    found = Labels(["c", "a", "b"], voc_palette(3)).read(Image.open("out/a_mask.png"), "a_mask.png")
+    labels = np.array(Image.open("out/a_mask.png"))  # of a, b, c
+    np.testing.assert_array_equal(found, np.array([1, 2, 0])[labels])
 
 
 def test_masks_of_others_are_not_replaced(cli, trained, tmp_path):

@@ -24,7 +24,7 @@ from files.images import AS_STORED
 from files.masks import Labels
 from files.runs import COLUMNS, Run, RunLog, find_checkpoint
 from files.training import Best, Resumed, Training
-from utils import UserError
+from utils import Stopped, UserError
 
 resource = pytest.importorskip("resource")  # not on Windows
 NAME = "deeplab_tiny_custom_v3_x"
@@ -344,6 +344,20 @@ def test_checkpoints_that_are_copied_without_their_log(cli, smallest, tmp_path, 
     assert status == 0 and f"epoch 1 had the best validation, mean IoU 90.00: --best takes {STEM}1.pth" in out
     assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}1.pth"
     assert [row["val_mean_iou"] for row in read_log() if row["val_mean_iou"]] == ["0.9", "0.2", "0.4"]
+
+
+def test_validation_that_a_stop_prevented_is_told_of_the_best(cli, smallest, monkeypatch, capsys):
+    validations(monkeypatch, [0.5])
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+
+    def stopped(*args):
+        raise Stopped
+
+    monkeypatch.setattr(main, "validate", stopped)
+    assert cli(*flags, "--epochs", 2, "--resume", "auto")[0] == 143
+    assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}1.pth"
+    assert f"{STEM}2.pth was not validated: --best passes it over" in capsys.readouterr().out
 
 
 def test_log_of_another_run_is_no_log_of_a_checkpoint(cli, smallest, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_metrics():
 
 def test_mask_reads_back_as_its_labels(tmp_path):
     mask = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    save_mask(str(tmp_path / "a" / "mask.png"), mask, voc_palette())
+    save_mask(str(tmp_path / "a" / "mask.png"), mask, voc_palette(), "ab")
     image = Image.open(tmp_path / "a" / "mask.png")
     assert image.mode == "P" and np.array_equal(np.array(image), mask)
     colors = np.array(image.convert("RGB")).reshape(-1, 3)
