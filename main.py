@@ -81,8 +81,9 @@ def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> Segm
     return dataset
 
 
-def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv3, str]:
-    """The model to evaluate or to predict with, and the path of its checkpoint, which tells what it holds.
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv3, str, str | None]:
+    """The model to evaluate or to predict with, the path of its checkpoint, which tells what it holds, and
+    what it was validated on, see `Training.val_data`.
 
     A published one has the weights alone: the flags and their defaults tell the rest, --dataset the classes.
     Raises UserError if there is no such checkpoint, or it is of another model."""
@@ -101,7 +102,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
             checkpoints.compare_classes(model.classes, path, labels.classes)
         model.classes, model.palette = labels.classes, labels.palette
     model.reading = model.reading._replace(**reading_options(args))
-    return model.place(device).eval(), path
+    return model.place(device).eval(), path, checkpoint.get("val_data")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -233,7 +234,8 @@ def start(
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
-    sets = {"images": len(data), "per_epoch": batches.per_epoch, "val_data": val_data}
+    sets = {"images": len(data), "per_epoch": batches.per_epoch, "train_data": data.fingerprint(False)}
+    sets["val_data"] = val_data
     training = Training(model, optimizer, scaler, flags=vars(args), labels=data.labels, **sets)
     if resume:
         training.resume(resume)
@@ -367,7 +369,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             log.write(row)  # before the checkpoint: a run resumed from it finds it there
             if saves:
                 state.save(path)
-                run.prune(path, args.keep, state.best_epochs)
+                run.prune(path, args.keep, state)
         command = "without --train evaluates it" if done == max_iter else "with --resume auto continues it"
         hint = f"{path} is saved: the same command {command}"
         if stops:
@@ -379,7 +381,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             bar.write(f"epoch {epochs_done}: saved {path}, mean IoU {percent(mean_iou)}")
             if log:
                 log.write(row, picture)
-                run.prune(path, args.keep, state.best_epochs)
+                run.prune(path, args.keep, state)
             if out_of_patience(args, state):
                 break
         loss_sum, logged, began = 0, done, time.perf_counter()
@@ -405,7 +407,7 @@ def print_end(run: Run, state: Training, device: torch.device) -> None:
 
 def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     """The command without --train: load the checkpoint, evaluate, print and write the results."""
-    model, path = open_model(args, device)
+    model, path, val_data = open_model(args, device)
     dataset = open_dataset(args, args.split, model.reading)
     dataset.stride = model.padded_stride
     inference = Inference(**inference_options(args))
@@ -417,7 +419,10 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = shapes <= FEW_SHAPES
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
-    model, folder = model.fuse(), results_folder(path, args.split, vars(args))
+    data = dataset.fingerprint()
+    if args.split == "val" and val_data not in (None, data):
+        print(f"{path} was validated on other images or masks: it may have been trained on some of these")
+    model, folder = model.fuse(), results_folder(path, args.split, vars(args), data)
     with ExitStack() as stack:
         if args.compile:
             from torch._dynamo import config as dynamo  # takes seconds, so only where it is used
@@ -430,7 +435,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if RANK:
         return
     flags = {**vars(args), "data_root": os.path.abspath(args.data_root)}  # data/ may be a link
-    about = {"checkpoint": path, "model": model.config, "flags": flags}
+    about = {"checkpoint": path, "model": model.config, "flags": flags, "data": data}
     print_left_over(folder, details)
     if not dataset.has_masks:
         save_json(f"{folder}/metrics.json", about)  # whose predictions these are
@@ -445,7 +450,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
 def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
     """The command with --predict: a mask and an overlay for each image. Returns how many failed."""
     files = image_files(args.predict, args.out)
-    model, _ = open_model(args, device)
+    model, *_ = open_model(args, device)
     inference = Inference(**inference_options(args))
     with locked_folder(args.out):
         failed = predict_files(model.fuse(), files, args.out, inference, args.confidence)
@@ -456,7 +461,7 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
 def run_export(args: argparse.Namespace) -> None:
     """The command with --export: the network as it is evaluated, in a file that needs none of this code."""
     ending = check_format(args.export)
-    model, path = open_model(args, torch.device("cpu"))
+    model, path, _ = open_model(args, torch.device("cpu"))
     if ending == ".pth":
         write_whole(args.export, partial(torch.save, checkpoints.model_entries(model)))
         print(f"{args.export} is written: weights and classes, for --checkpoint, --init and deeplab.load")

@@ -214,10 +214,13 @@ def evaluate(
         the measures of `metrics` with the `confusion` matrix, and the details.
 
     Raises:
+        ValueError: if nothing has looked at the data set.
         UserError: if a sample cannot be used, a prediction cannot be written, or another process evaluates
             to the same folder.
         Stopped: if a stop signal has come.
     """
+    if len(dataset.sizes) != len(dataset):
+        raise ValueError("commands.check.prepare comes first: the sizes of the images are not known")
     batches = dataset.eval_batches(inference.images)[RANK::WORLD]
     details = Details(dataset, samples, folder)
     confusion = torch.zeros((len(dataset.classes),) * 2, dtype=torch.int64)
@@ -265,10 +268,10 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def results_folder(checkpoint: str, split: str, flags: dict) -> str:
+def results_folder(checkpoint: str, split: str, flags: dict, data: str) -> str:
     """Where the results of a checkpoint file go: data/SPLIT/ and its path below data/, or else its name. Says
-    so if they replace those of other flags. Raises UserError if the results of another file are there, or
-    those on a data set that is not at --data_root."""
+    so if they replace those of other flags or of other samples at --data_root, `data` is their fingerprint.
+    Raises UserError if the results of another file are there, or those on another data set."""
     path = os.path.relpath(checkpoint, "data")
     if path.startswith(os.pardir):
         path = os.path.basename(checkpoint)
@@ -279,13 +282,17 @@ def results_folder(checkpoint: str, split: str, flags: dict) -> str:
             with open(path, encoding="utf-8") as file:
                 about = json.load(file)
             other, other_root = str(about["checkpoint"]), str(about["flags"]["data_root"])
+            samples = about.get("data", data)
             keys = [key for key in COMPARED if about["flags"].get(key) != flags.get(key)]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{path} is of no evaluation: move that folder") from error
         if os.path.realpath(other) != os.path.realpath(checkpoint):
             raise UserError(f"{folder} has the results of {other}: move or rename one of the two")
-        if os.path.realpath(other_root) != os.path.realpath(flags["data_root"]):
+        same_root = os.path.realpath(other_root) == os.path.realpath(flags["data_root"])
+        if not same_root and about.get("data") != data:  # else the data set was moved
             raise UserError(f"{folder} has the results on {other_root}: move or rename {folder}")
+        if samples != data:
+            print(f"replaces the results in {folder}, on other images or masks of {other_root}")
         if keys:
             changed = ", ".join(f"--{key} {about['flags'].get(key)} to {flags.get(key)}" for key in keys)
             print(f"replaces the results in {folder}, of other flags: {changed}")

@@ -57,14 +57,16 @@ class Run(NamedTuple):
         found = [match for name in names if (match := re.fullmatch(pattern, name))]
         return sorted(Saved(int(match[1]), int(match[2] or 0), f"{folder}/{match[0]}") for match in found)
 
-    def prune(self, newest: str, keep: int | None, best: set[int]) -> None:
+    def prune(self, newest: str, keep: int | None, training: Training) -> None:
         """Delete the checkpoints within epochs, which `newest` replaces, and with `keep` all but the `keep`
-        newest and those of the epochs `best`."""
+        newest, the best that is there, and those of `training.kept`."""
         others = [saved for saved in self.saved() if saved.path != newest]  # none is newer: see `RunLog`
         old = [saved for saved in others if saved.iteration]
         if keep:
             whole = [saved for saved in others if not saved.iteration]
-            old += [saved for saved in whole[: max(0, len(whole) + 1 - keep)] if saved.epoch not in best]
+            there = {saved.epoch for saved in whole} | {checkpoint_place(newest)[0]}
+            stay = training.kept | {best.epoch for best in [training.best_of(there)] if best}
+            old += [saved for saved in whole[: max(0, len(whole) + 1 - keep)] if saved.epoch not in stay]
         for saved in old:
             with suppress(FileNotFoundError):
                 os.remove(saved.path)
@@ -86,12 +88,16 @@ class Run(NamedTuple):
         if not rows:
             raise UserError(f"--best: no validation is in {log}; without --best the newest is taken")
         rows = [row for row in rows if row["val_set"] in ("", rows[-1]["val_set"])]  # others do not compare
-        row = max(rows, key=lambda row: float(row["val_mean_iou"]))
-        found = [saved for saved in self.saved() if saved[:2] == (row["epoch"], 0)]
+        rows.sort(
+            key=lambda row: float(row["val_mean_iou"]), reverse=True
+        )  # of equal ones the first stays first
+        paths = [self.checkpoint(row["epoch"]) for row in rows]
+        found = next((saved for path in paths for saved in self.saved() if saved.path == path), None)
         if not found:
-            path = self.checkpoint(row["epoch"])
-            raise UserError(f"--best: {path} had the best validation, and is not there")
-        return found[0]
+            raise UserError(f"--best: {paths[0]} had the best validation, and is not there, nor are others")
+        if found.path != paths[0]:
+            print(f"{paths[0]} had the best validation, and is not there: --best takes {found.path}")
+        return found
 
 
 def backbones(dataset: str, exp: str) -> list[str]:
@@ -212,8 +218,9 @@ class RunLog:
         if continued and reaches(rows, end):
             what = f"what --exp {run.exp} had beyond {resumed.path}"
             own, lost = rows, [row for row in rows if place(row) > end]
-            # The rows of a killed run are not lost if this one writes them again.
-            if all(row["per_epoch"] == self.training.per_epoch for row in lost):
+            # The rows of a killed run, which come before a validation, are not lost if this one writes them
+            # again.
+            if all(r["per_epoch"] == self.training.per_epoch and not r["val_mean_iou"] for r in lost):
                 lost = [row for row in lost if place(row) > self.training.flags["epochs"]]
         elif continued:
             what = f"the log of another run of --exp {run.exp}, which does not reach {resumed.path},"

@@ -1,6 +1,7 @@
 """The state of a training run, and the checkpoints that it is saved to and resumed from."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class Training:
         images, per_epoch: length of an epoch in images and in iterations.
         flags: of the run, by name.
         labels: what the pixels of the masks mean.
-        val_data: what tells the samples to validate from others.
+        train_data, val_data: what tells the samples to train on, and to validate, from others.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
         validations: the mean IoU after each epoch that was validated.
@@ -67,6 +68,7 @@ class Training:
     per_epoch: int
     flags: dict
     labels: Labels
+    train_data: str
     val_data: str
     epoch: int = 0
     iteration: int = 0
@@ -85,13 +87,14 @@ class Training:
     @property
     def best(self) -> Best | None:
         """The first of the best validations, if there is one."""
-        found = (Best(*item) for item in sorted(self.validations.items()))
-        return max(found, key=lambda best: best.mean_iou, default=None)
+        return self.best_of(self.validations)
 
-    @property
-    def best_epochs(self) -> set[int]:
-        """The epochs whose checkpoints stay."""
-        return self.kept | ({self.best.epoch} if self.best else set())
+    def best_of(self, epochs: Iterable[int]) -> Best | None:
+        """The same of these epochs."""
+        found = (
+            Best(epoch, self.validations[epoch]) for epoch in sorted(epochs) if epoch in self.validations
+        )
+        return max(found, key=lambda best: best.mean_iou, default=None)
 
     @property
     def waited(self) -> int:
@@ -120,6 +123,8 @@ class Training:
             "flags": self.flags,
             "masks": self.labels.meaning(),
             "val_set": self.val_set,
+            "train_data": self.train_data,
+            "val_data": self.val_data,
             **checkpoints.model_entries(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -175,6 +180,8 @@ class Training:
             now = f"{self.images} images in {self.per_epoch} iterations"
             before = f"{images} images in {per_epoch} iterations as before"
             print(f"an epoch is {now}, not {before}: the run continues at the same fraction of it")
+        elif checkpoint.get("train_data", self.train_data) != self.train_data:
+            print("trains on other images than before")
 
     def load_momentum(self, state: dict) -> None:
         """Take the momentum from an optimizer's state dict, and nothing else: its options may be another's.

@@ -348,7 +348,7 @@ def test_metrics_that_no_evaluation_has_written(tmp_path, monkeypatch, content):
     (tmp_path / "data/val/x").mkdir(parents=True)
     (tmp_path / "data/val/x/metrics.json").write_text(content)
     with pytest.raises(UserError, match="data/val/x/metrics.json is of no evaluation"):
-        results_folder("data/x.pth", "val", ROOT)
+        results_folder("data/x.pth", "val", ROOT, "")
 
 
 def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path):
@@ -364,8 +364,8 @@ def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path
         ("RUN_epoch3.pth", "data/val/RUN_epoch3"),  # it lies elsewhere: by its name alone
         ("/elsewhere/v1.5.pth", "data/val/v1.5"),
     ):
-        assert results_folder(path, "val", ROOT) == folder
-    assert results_folder("data/x.pth", "test", ROOT) == "data/test/x"
+        assert results_folder(path, "val", ROOT, "") == folder
+    assert results_folder("data/x.pth", "test", ROOT, "") == "data/test/x"
 
     paths = ["data/RUN_epoch3.pth", "data/old/x-1/RUN_epoch3.pth"]
     for path in paths:
@@ -373,9 +373,9 @@ def test_results_are_named_by_the_path_of_the_checkpoint(cli, smallest, tmp_path
         spoil("none", tmp_path / path)
     for path in [*paths, paths[0]]:
         status, out, _ = cli("--checkpoint", path, *smallest)
-        assert status == 0 and f"metrics.json are in {results_folder(path, 'val', ROOT)}\n" in out
+        assert status == 0 and f"metrics.json are in {results_folder(path, 'val', ROOT, '')}\n" in out
     for path in paths:
-        folder = Path(results_folder(path, "val", ROOT))
+        folder = Path(results_folder(path, "val", ROOT, ""))
         assert json.loads((folder / "metrics.json").read_text())["checkpoint"] == path
         assert {"val0.png", "val1.png", "val2.png", "per_image.csv"} <= set(os.listdir(folder))
 
@@ -541,6 +541,7 @@ def test_evaluation_that_is_cut_leaves_no_report_of_another(cli, trained, monkey
     assert before == {name: (folder / f"{name}.old").read_bytes() for name in before}
     assert not any((folder / name).exists() for name in before)
     shutil.copytree(root, "other")
+    shutil.copy("other/masks/val0.png", "other/masks/val1.png")
     status, _, err = cli(*flags[:-2], "--eval_batch_size", 1, "--data_root", "other")
     assert status == 1 and one_line(err) and "has the results on" in err
     status, out, _ = cli(*flags)
@@ -555,11 +556,38 @@ def test_results_in_a_folder_that_is_a_link(cli, trained, tmp_path, monkeypatch)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/data").symlink_to("../data")
     shutil.copytree(trained[1], tmp_path / "other/set")
+    Image.new("L", (80, 60), 1).save(tmp_path / "other/set/masks/val0.png")
     monkeypatch.chdir(tmp_path / "other")
     for root, status in (("../set", 0), ("set", 1)):
         with pytest.raises(SystemExit) as stop:
             main.main(parse_args([*map(str, flags), root, "--device", "cpu", "--workers", "0"]))
         assert stop.value.code == status
+
+
+def test_results_on_other_samples_are_told(cli, smallest, tmp_path):
+    """The lists may be those of another fold, whose images were trained on; a data set may be moved."""
+    flags = ["--exp", "x", *smallest]
+    assert cli("--train", *flags, "--epochs", 1)[0] == 0
+    for _ in range(2):
+        status, out, _ = cli(*flags)
+        assert status == 0 and "other images" not in out
+    os.rename(tmp_path / "set", tmp_path / "moved")
+    flags[flags.index("--data_root") + 1] = tmp_path / "moved"
+    status, out, _ = cli(*flags)
+    assert status == 0 and "other images" not in out
+    lists = [tmp_path / f"moved/list/{name}.txt" for name in ("train", "val")]
+    texts = [path.read_text() for path in lists]
+    for path, text in zip(lists, reversed(texts), strict=True):
+        path.write_text(text)
+    status, out, _ = cli(*flags)
+    assert status == 0 and "was validated on other images or masks: it may have been trained on some" in out
+    assert "replaces the results in data/val/deeplab_tiny_custom_v3_x_epoch1, on other images or masks" in out
+
+
+def test_evaluation_in_python_of_a_set_that_nothing_has_looked_at(smallest):
+    dataset = ListSegmentation(smallest[3], "val")
+    with pytest.raises(ValueError, match="commands.check.prepare comes first"):
+        evaluate(deeplab.build("tiny", False, 3), dataset, torch.device("cpu"), Inference())
 
 
 def test_results_of_other_flags_are_told(cli, trained):

@@ -172,7 +172,9 @@ def test_momentum_takes_the_memory_layout_of_its_parameter(saved, loaded, fused)
     for seed in (0, 1):
         take_step(models[0], optimizers[0], OFF, seed)
     models[1].load_state_dict(models[0].state_dict())
-    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS, "").load_momentum(optimizers[0].state_dict())
+    Training(models[1], optimizers[1], OFF, 2, 1, {}, LABELS, "", "").load_momentum(
+        optimizers[0].state_dict()
+    )
     assert all(group["fused"] is fused for group in optimizers[1].param_groups)
     for model, optimizer in zip(models, optimizers, strict=True):
         take_step(model, optimizer, OFF, 2)
@@ -208,7 +210,7 @@ def test_momentum_of_what_is_trained_with_and_without_frozen_norms():
         model = with_norms()
         for norm in (model.bn, model.aspp.bn):
             norm.requires_grad_(not frozen)
-        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS, "")
+        return Training(model, main.make_optimizer(model), OFF, 2, 1, {}, LABELS, "", "")
 
     def momentum(training: Training) -> dict[str, torch.Tensor]:
         named, state = training.model.named_parameters(), training.optimizer.state
@@ -283,7 +285,7 @@ def test_place_within_an_epoch_of_another_length(monkeypatch):
         entries = {"epoch": epoch, "iteration": iteration, "per_epoch": per_epoch_before, "images": 9}
         entries["optimizer"] = optimizer.state_dict()
         monkeypatch.setattr(checkpoints, "read", lambda path: entries)
-        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS, "")
+        training = Training(model, optimizer, OFF, 9, per_epoch, {}, LABELS, "", "")
         training.resume("x.pth")
         assert training.resumed == Resumed("x.pth", iteration, per_epoch_before)
         return training.epoch, training.iteration
@@ -332,6 +334,40 @@ def test_keep_leaves_the_best_of_validations_that_do_not_compare(cli, smallest, 
     assert status == 0 and "--keep leaves the best of them, that of epoch 1" in out
     assert cli(*flags, "--epochs", 5, "--flip")[0] == 0  # also when it is resumed once more
     assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 3, 5]
+
+
+def test_keep_leaves_the_best_that_is_there(cli, smallest, monkeypatch):
+    """The best of a run that another one continues stays the other's file."""
+    validations(monkeypatch, [0.9, 0.8, 0.6, 0.7, 0.5])
+    flags = ["--train", *smallest, "--save_every", 1, "--epochs"]
+    assert cli(*flags, 1, "--exp", "y")[0] == 0
+    start = STEM.replace("_x_", "_y_") + "1.pth"
+    assert cli(*flags, 5, "--exp", "x", "--keep", 1, "--resume", start)[0] == 0
+    assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [2, 5]
+    assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}2.pth"
+
+
+def test_validations_of_checkpoints_that_are_gone_stay(cli, smallest, monkeypatch):
+    """Their rows are of another attempt, which data/old keeps."""
+    validations(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.5])
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--epochs", 3]
+    assert cli(*flags)[0] == 0
+    before = Path(LOG).read_bytes()
+    for epoch in (2, 3):
+        os.remove(f"{STEM}{epoch}.pth")
+    status, out, _ = cli(*flags, "--resume", "auto", "--base_lr", 0.001)
+    assert status == 0 and f"had beyond {STEM}1.pth to data/old/x-1\n" in out
+    assert contents("data/old/x-1") == {f"{NAME}.csv": before}
+
+
+def test_other_images_to_train_on_are_told(cli, smallest, tmp_path):
+    flags = ["--train", "--exp", "x", *smallest, "--resume", "auto", "--epochs"]
+    assert cli(*flags, 1)[0] == 0
+    assert "other images" not in cli(*flags, 2)[1]
+    lists = tmp_path / "set/list/train.txt"
+    lists.write_text(lists.read_text().replace("train0", "val0"))
+    status, out, _ = cli(*flags, 3)
+    assert status == 0 and "trains on other images than before\n" in out
 
 
 def test_checkpoints_that_are_copied_without_their_log(cli, smallest, tmp_path, monkeypatch):
@@ -741,7 +777,7 @@ def test_names_that_look_like_checkpoints(tmp_path, monkeypatch):
         Path(run.checkpoint(epoch)).touch()
     assert [item.epoch for item in run.saved()] == [2, 10]
     os.remove(run.checkpoint(10))
-    run.prune(run.checkpoint(10), 1, set())  # somebody has moved the newest, meanwhile
+    run.prune(run.checkpoint(10), 1, new_training())  # somebody has moved the newest, meanwhile
     assert run.saved() == []
 
 
@@ -767,7 +803,7 @@ def test_full_disk_leaves_the_checkpoint_before(cli, smallest, tmp_path):
 def new_training(resumed: Resumed | None = None, per_epoch: int = 2) -> Training:
     iteration = resumed.iteration if resumed else 0
     progress = {"iteration": iteration, "resumed": resumed}
-    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, "", **progress)
+    return Training(None, None, OFF, 4, per_epoch, {"epochs": 9}, LABELS, "", "", **progress)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -998,8 +1034,16 @@ def test_best_checkpoint_is_evaluated_predicted_and_exported(cli, smallest, monk
         status, out, _ = cli(*command, *flags, "--best")
         assert status == 0 and f"{STEM}2.pth" in out and f"{STEM}3.pth" not in out
     os.remove(f"{STEM}2.pth")
-    status, _, err = cli(*flags, "--best")
-    assert status == 1 and one_line(err) and f"{STEM}2.pth had the best validation, and is not there" in err
+    status, out, _ = cli(*flags, "--best")
+    assert (
+        status == 0 and f"{STEM}2.pth had the best validation, and is not there: --best takes {STEM}3" in out
+    )
+    for epoch in (1, 3):
+        os.rename(f"{STEM}{epoch}.pth", f"{epoch}.pth")
+    status, _, err = cli(*flags[:2], *flags[2:], "--backbone", "tiny", "--best")
+    assert (
+        status == 1 and one_line(err) and f"{STEM}2.pth had the best validation, and is not there, nor" in err
+    )
     Path(LOG).write_bytes(HEADER + b"\r\n")
     status, _, err = cli(*flags, "--best")
     assert status == 1 and one_line(err) and f"no validation is in {LOG}" in err

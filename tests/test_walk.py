@@ -134,17 +134,17 @@ class Walk:
         self.unpruned.add(self.step)
         self.moment()
 
-    def prune(self, original: Callable, run: Run, newest: str, keep: int | None, best) -> None:
+    def prune(self, original: Callable, run: Run, newest: str, keep: int | None, training) -> None:
         self.moment()
         known = self.known
         there = {step_of(item.path) for item in run.saved()}
         true_best = max(self.validated, key=self.validated.get, default=None)
-        assert best == ({known[true_best].epoch} if true_best else set())
-        original(run, newest, keep, best)
+        assert training.best == (true_best and (known[true_best].epoch, self.validated[true_best]))
+        original(run, newest, keep, training)
         left = {step_of(item.path) for item in run.saved()}
         whole = sorted(step for step in there if step == self.step or not known[step].within)
         expected = {true_best, *whole[-keep:]} & there if keep else set(whole)
-        assert left == expected, (newest, keep, best)
+        assert left == expected, (newest, keep, training.best)
         self.kept -= there - left
         self.newest, self.unpruned = {self.step}, set()
         self.moment()
