@@ -182,7 +182,7 @@ def test_hyperparameters_are_not_the_checkpoints():
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group.update(momentum=0.0, weight_decay=7.0, nesterov=True, fused=False)
-    Training(model, optimizer, OFF, 2, 1, {}, None, []).load_momentum(state)
+    Training(model, optimizer, OFF, 2, 1, {}, None, "", "").load_momentum(state)
     for group in optimizer.param_groups:
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
         assert group["fused"] is True

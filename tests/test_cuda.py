@@ -185,7 +185,7 @@ def test_momentum_goes_from_the_cpu_to_the_gpu_and_back():
             new = main.make_optimizer(following)
             if model:
                 following.load_state_dict(model.state_dict())
-                Training(following, new, off, 2, 1, {}, None, []).load_momentum(optimizer.state_dict())
+                Training(following, new, off, 2, 1, {}, None, "", "").load_momentum(optimizer.state_dict())
             model, optimizer = following, new
             take_step(model, optimizer, off, seed)
         momenta = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
