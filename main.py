@@ -77,7 +77,7 @@ def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> Segm
     options = {"train_list": args.train_list} if args.train_list else {}
     dataset = datasets.DATASETS[args.dataset](args.data_root, split, crop_size, args.seed, **options)
     dataset.reading, dataset.color_jitter = reading, args.color_jitter
-    prepare(dataset, split, args.skip_bad)
+    prepare(dataset, split, args.skip_bad, resumes=bool(args.resume))
     return dataset
 
 

@@ -127,9 +127,10 @@ def drop_bad(dataset: SegmentationDataset, decode: bool = False) -> list[str]:
     return list(faults.values())
 
 
-def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
+def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool, resumes: bool = False) -> None:
     """Look at a data set before it is trained on or evaluated, and print what is strange about it. Raises
-    UserError if a sample cannot be used, unless `skip_bad` leaves it out; or as `unseen_classes`."""
+    UserError if a sample cannot be used, unless `skip_bad` leaves it out, or they need a range of values,
+    unless the run `resumes` and cannot change it; or as `unseen_classes`."""
     faults = drop_bad(dataset, decode=skip_bad)
     if faults and (not skip_bad or not len(dataset)):
         hint = "" if skip_bad else "; --skip_bad leaves such samples out"
@@ -146,7 +147,7 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool) -> None:
         if fault := flat_fault(dataset, *find_flat(dataset)):
             print(fault)
     elif fault := range_fault(values := read_values(dataset)):
-        if split == "train" or {*values} != {"uint16"}:
+        if (split == "train" and not resumes) or {*values} != {"uint16"}:
             raise UserError(fault)
         print(fault)
 

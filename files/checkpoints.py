@@ -287,7 +287,8 @@ def init_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
         known = model.trunk.state_dict()
         layers = {key.partition(".")[0] for key in known} - {"conv1"}  # which --beta has in three
         layer_keys = [key for key in checkpoint["state_dict"] if key.partition(".")[0] in layers]
-        if unknown := [key for key in layer_keys if key not in known]:
+        statistics = ("running_mean", "running_var", "num_batches_tracked")  # GroupNorm has none
+        if unknown := [key for key in layer_keys if key not in known and not key.endswith(statistics)]:
             found = f"{len(unknown)} tensors of its trunk are not of {model.config['backbone']}'s"
             raise UserError(f"{path}: {found}, {unknown[0]} first: it is of another network")
         load_trunk(model, checkpoint["state_dict"], path)

@@ -181,8 +181,11 @@ def find_image(name: str, folders: list[str], notes: Notes, within: str | None =
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Whether a path is that of a folder, or of something in it."""
-    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(os.path.realpath(folder), ""))
+    """Whether a path is that of a folder, or of something in it, be it a link."""
+    both = (
+        [os.path.join(real(p), "") for p in (path, folder)] for real in (os.path.abspath, os.path.realpath)
+    )
+    return any(inner.startswith(outer) for inner, outer in both)
 
 
 def known_size(width: Any, height: Any, where: str) -> tuple[int, int] | None:

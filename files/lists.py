@@ -64,10 +64,6 @@ def read_list(root: str, name: str, hint: str) -> Pairs:
         words = line.strip().split("\t" if "\t" in line.strip() else None)
         names = [word.strip().lstrip("/") for word in words]
         paths = [existing(os.path.join(root, name)) for name in names]
-        known = pairs or os.path.exists(paths[0])  # by the first line
-        if not known and ("\\" in line or not os.path.isdir(os.path.dirname(paths[0]))):
-            form = f"paths are relative to {root}, with / between folders and without quotes"
-            raise UserError(f"{path}:{number}: there is no {paths[0]}: {form}")
         if len(paths) == 1 and name == "test":
             pairs.append((paths[0], None))
         elif len(paths) == 2:
@@ -75,6 +71,11 @@ def read_list(root: str, name: str, hint: str) -> Pairs:
         else:
             expected = "expected `/image /mask` (a tab between them, where names have spaces)"
             raise UserError(f"{path}:{number}: {expected}, got {line!r}")
+    first = pairs[0][0]
+    odd = "\\" in first or not os.path.isdir(os.path.dirname(first))
+    if odd and not any(os.path.exists(image) for image, _ in pairs):
+        form = f"paths are relative to {root}, with / between folders and without quotes"
+        raise UserError(f"{path}:1: there is no {first}: {form}")
     return pairs
 
 

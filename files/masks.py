@@ -107,10 +107,14 @@ class Labels:
         numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask, or one
         with other classes."""
         try:
-            names = json.loads(picture.info.get(NAMES, ""))
+            names, colors = json.loads(picture.info.get(NAMES, ""))
+            palette = np.reshape(picture.getpalette("RGB"), (-1, 3))[: len(names)].tolist()
         except (TypeError, ValueError):
             return None
-        if not isinstance(names, list) or not all(name in self.classes for name in names):
+        # What makes PNGs smaller keeps the text, but numbers the palette anew.
+        if palette != colors or not 0 <= picture.getextrema()[1] < len(names):
+            return None
+        if not all(name in self.classes for name in names):
             return None
         table = np.full(256, IGNORE_INDEX, np.uint8)
         table[: len(names)] = [self.classes.index(name) for name in names]
@@ -164,8 +168,8 @@ class Labels:
             return True
         differ = [i for i in indices if self.values[i] != self.values[levels[i]]]
         if differ and (levels != [0, 255] or len(self.classes) > 2 or not self.ignored_by_default):
-            found = f"{differ[0]} in its palette is grey {levels[differ[0]]}, and either can be a class"
-            raise UserError(f"{path}: {found}; save it as grey, without a palette")
+            found = f"{differ[0]} in its palette is grey {levels[differ[0]]}, and either can be meant"
+            raise UserError(f"{path}: {found}; save its numbers, or the greys, as grey, without a palette")
         return False
 
     def look_up(self, pixels: np.ndarray, known: dict[int, int], bound: int, path: str) -> np.ndarray:
@@ -286,10 +290,17 @@ def read_classes(path: str) -> Labels:
         raise UserError(f"{path} names one class, {names[0]!r}, and nothing to tell it from: {hint}")
     patterns = [r"(?P<name>.*\S)\s+(?P<number>\d+)"]
     if not colors:  # an export's classes may be called anything
-        patterns += [r"(?P<name>.*\S)\s*\((?P<number>\d+)\)", r"(?P<number>\d+)[_-](?P<name>.*\S)"]
+        patterns += [r"(?P<name>.*\S)\s*\((?P<number>\d+)\)", r"(?P<number>\d+)[_-](?P<name>[^\W\d_].*)"]
     for pattern in patterns if not explicit else []:
         found = [re.fullmatch(pattern, name) for name in names]
-        if all(found) and len({match["name"] for match in found}) == len(names):
+        if not all(found) or len({match["name"] for match in found}) < len(names):
+            continue
+        numbers = sorted(int(match["number"]) for match in found)
+        if (
+            pattern != patterns[-1]
+            or colors
+            or (numbers[-1] - numbers[0] == len(names) - 1 and numbers[0] < 2)
+        ):
             line = f"{found[0]['name']} = {found[0]['number']}"
             raise UserError(f"{path}: all names have numbers; for those of pixels in masks, write `{line}`")
     return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)

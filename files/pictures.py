@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Palette = Sequence[Sequence[int]]  # (r, g, b) in 0..255 for each class
-NAMES = "classes"  # the text in a PNG that names its labels, a list in JSON
+NAMES = "classes"  # the text in a PNG that names its labels: names and palette, in JSON
 
 
 def voc_palette(num_colors: int = 256) -> list[list[int]]:
@@ -109,7 +109,7 @@ def save_mask(path: str, mask: np.ndarray, palette: Palette, classes: Sequence[s
     a text in the file names them."""
     image, about = Image.fromarray(mask), PngInfo()
     image.putpalette(np.asarray(palette, np.uint8).tobytes())
-    about.add_text(NAMES, json.dumps(list(classes)))
+    about.add_text(NAMES, json.dumps([list(classes), np.asarray(palette).tolist()]))
     save_image(path, image, pnginfo=about)
 
 

@@ -192,6 +192,8 @@ class RunLog:
             else:
                 before.setdefault(row["val_set"], []).append((float(row["val_mean_iou"]), -row["epoch"]))
         training.kept |= {-max(found)[1] for found in before.values()}
+        if before and rows[-1]["val_set"] not in ("", training.val_set):
+            print(f"the last validation in {self.file.name} does not compare with those to come")
         validated = {row["epoch"] for row in rows if row["val_mean_iou"]}
         at_end = training.resumed and re.search(r"_epoch\d+\.pth$", training.resumed.path)
         if at_end and training.epoch not in {*validated, *training.validations}:  # a stop came between

@@ -213,6 +213,19 @@ def test_predictions_that_become_masks(tmp_path, classes, expected):
     np.testing.assert_array_equal(found, np.array(expected, np.uint8)[labels])
 
 
+def test_prediction_that_an_optimiser_has_renumbered(tmp_path):
+    """The text stays in the file, but its palette is another: it goes by its colours."""
+    palette, classes = [[0, 0, 0], [9, 9, 9], [1, 2, 3]], ["a", "b", "c"]
+    save_mask(str(tmp_path / "m.png"), np.array([[0, 2, 2]], np.uint8), palette, classes)
+    text = Image.open(tmp_path / "m.png").info["classes"]
+    picture = Image.fromarray(np.array([[0, 1, 1]], np.uint8))
+    picture.putpalette([0, 0, 0, 1, 2, 3])
+    picture.info["classes"] = text
+    assert Labels(classes, palette, colors={(0, 0, 0): 0, (9, 9, 9): 1, (1, 2, 3): 2}).read(
+        picture, "m.png"
+    ).tolist() == [[0, 2, 2]]
+
+
 def test_palette_that_contradicts_the_classes(tmp_path):
     mask = palette_mask({0: SKY, 1: (5, 6, 7), 2: ROAD}, [0, 1, 2])
     with pytest.raises(
@@ -298,7 +311,7 @@ def test_palettes_of_greys(tmp_path, classes, levels, expected, name):
     mask = grey([*range(len(levels))])
     mask.putpalette([level for level in levels for _ in "rgb"])
     if expected is None or None in expected:
-        with pytest.raises(UserError, match=f"{name}: .*; save it as grey, without a palette$"):
+        with pytest.raises(UserError, match=f"{name}: .*; save .* as grey, without a palette$"):
             read(tmp_path, classes, mask, name)
     elif name == "mask.png" or len({*levels}) == len(levels):  # Pillow's GIFs have each level once
         assert read(tmp_path, classes, mask, name).tolist() == [expected]
