@@ -161,25 +161,24 @@ def predict_files(
                 notes["frames"] += photo.header.frames > 1
                 yield index, photo, *result
 
-    def write(task: tuple) -> tuple[int, np.ndarray | UserError]:
+    def write(task: tuple) -> UserError | None:
         index, found, *result = task
         if not result:
-            return index, found
+            return found
         try:
-            return index, write_result(f"{out}/{names[index]}", files[index], found, *result, model)
+            shares = write_result(f"{out}/{names[index]}", files[index], found, *result, model)
         except UserError as error:
-            return index, error
+            return error
+        shares = [f"{share:.6f}" for share in shares]
+        rows[index] = [os.path.abspath(files[index]), f"{names[index]}_mask.png", *shares]
+        return None
 
     rows = {}
     try:
         with ThreadPoolExecutor(workers) as pool:
             written = ahead(pool, write, predicted(), limit)
-            for index, result in progress(written, "predicting", len(files)):
-                if isinstance(result, UserError):
-                    print(f"main.py: error: {result}", file=sys.stderr)
-                else:
-                    shares = [f"{share:.6f}" for share in result]
-                    rows[index] = [os.path.abspath(files[index]), f"{names[index]}_mask.png", *shares]
+            for error in filter(None, progress(written, "predicting", len(files))):
+                print(f"main.py: error: {error}", file=sys.stderr)
     finally:  # the masks of a prediction that was stopped have rows, too
         save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
     print_notes(notes, inference)

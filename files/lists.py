@@ -119,6 +119,7 @@ def pair_folders(root: str, split: str, folder: str = "masks") -> Pairs:
         raise UserError(f"{root}/{folder} has {one} and {other}: which of them is meant?")
     for name in sorted(stems.keys() - images.keys()):  # which a list may leave out
         ends = (i for i, letter in enumerate(name) if not letter.isalnum() and name[:i] in images)
+        ends = (i for i in ends if not name[i + 1 :].isdigit())  # a frame's number
         if first := next((name[:i] for i in ends if name[:i] in stems), None):
             raise UserError(f"{root}/{folder} has {stems[first]} and {stems[name]}: which of them is meant?")
     masks = stems

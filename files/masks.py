@@ -158,8 +158,8 @@ class Labels:
         They do if a value is no class, but all greys up to it are: what saves a grey mask as a GIF, or makes
         its PNG smaller, numbers the levels that occur. Raises UserError if both are."""
         indices = [i for _, i in picture.getcolors()]
-        palette = np.reshape(picture.getpalette("RGB"), (-1, 3))[: max(indices) + 1]
-        levels = palette[:, 0].tolist()
+        palette = np.reshape(picture.getpalette("RGB"), (-1, 3))
+        levels = palette[: max(indices) + 1, 0].tolist()
         if max(indices) >= len(levels) or (palette != palette[:, :1]).any() or len({*levels}) < len(levels):
             return False
         if not all(level in self.values for level in levels):
@@ -288,22 +288,25 @@ def read_classes(path: str) -> Labels:
     if len(names) == 1:
         hint = "name the background, too, in a line such as `background = 0`"
         raise UserError(f"{path} names one class, {names[0]!r}, and nothing to tell it from: {hint}")
+    if not explicit:
+        check_numbering(path, names, bool(colors))
+    return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
+
+
+def check_numbering(path: str, names: list[str], colored: bool) -> None:
+    """Raises UserError if all names have numbers, which are probably those of pixels in masks."""
     patterns = [r"(?P<name>.*\S)\s+(?P<number>\d+)"]
-    if not colors:  # an export's classes may be called anything
+    if not colored:  # an export's classes may be called anything
         patterns += [r"(?P<name>.*\S)\s*\((?P<number>\d+)\)", r"(?P<number>\d+)[_-](?P<name>[^\W\d_].*)"]
-    for pattern in patterns if not explicit else []:
+    for pattern in patterns:
         found = [re.fullmatch(pattern, name) for name in names]
         if not all(found) or len({match["name"] for match in found}) < len(names):
             continue
-        numbers = sorted(int(match["number"]) for match in found)
-        if (
-            pattern != patterns[-1]
-            or colors
-            or (numbers[-1] - numbers[0] == len(names) - 1 and numbers[0] < 2)
-        ):
-            line = f"{found[0]['name']} = {found[0]['number']}"
-            raise UserError(f"{path}: all names have numbers; for those of pixels in masks, write `{line}`")
-    return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
+        first, last = (pick(int(match["number"]) for match in found) for pick in (min, max))
+        if pattern.endswith(".*)") and (first > 1 or last - first != len(names) - 1):
+            continue  # years, say
+        line = f"{found[0]['name']} = {found[0]['number']}"
+        raise UserError(f"{path}: all names have numbers; for those of pixels in masks, write `{line}`")
 
 
 def split_line(path: str, number: int, line: str) -> tuple[str, list[int], list[int]]:

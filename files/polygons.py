@@ -157,9 +157,9 @@ def read_yolo(export: str, files: list[str], images: str | None) -> Export:
     numbers = {key: classes.index(name) for key, name in names.items()}
     note_twins([classes[number] for number in numbers.values()], notes)
     own = os.path.dirname(path) or "."
-    folders = yolo_folders(own, data, notes)
-    for key, folder in folders:
-        for image in yolo_images(folder, own, notes):
+    roots = [own, os.path.join(own, str(data.get("path") or ""))]
+    for key, place in yolo_folders(own, data, notes):
+        for image in yolo_images(place, roots, notes):
             folder, name = os.path.split(image)
             folder = re.sub(r"^(.*[/\\]|)images(?=[/\\]|$)", r"\1labels", folder)
             content = (os.path.join(folder, os.path.splitext(name)[0] + ".txt"), numbers)
@@ -243,14 +243,14 @@ def relocate(paths: list[str], own: str) -> dict[str, str]:
     return {path: here for path, here in found.items() if here and (is_copy or not os.path.exists(path))}
 
 
-def yolo_images(path: str, own: str, notes: Notes) -> list[str]:
-    """The images in a folder, or those of a list, whose names are relative to data.yaml's folder `own`, or to
-    the list's."""
+def yolo_images(path: str, roots: list[str], notes: Notes) -> list[str]:
+    """The images in a folder, or those of a list, whose names are relative to its own folder or to one of
+    `roots`, that of data.yaml and the one that it names."""
     if os.path.isdir(path):
         return [os.path.join(path, name) for _, name in sorted(images_below(path).items())]
     names = [line.strip().replace("\\", "/") for _, line in read_lines(path, "it names the images")]
-    moved = relocate([name for name in names if is_absolute(name)], own)
-    found, where = [], [os.path.dirname(path), own]
+    moved = relocate([name for name in names if is_absolute(name)], roots[0])
+    found, where = [], [os.path.dirname(path), *roots]
     for name in names:
         twice = name in moved and os.path.exists(name)
         notes.add(f"images of {path} are also beside data.yaml: taken from there", name, twice)

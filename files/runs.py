@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from files.pictures import plot_run
-from files.training import Training
+from files.training import Training, find_best
 from files.whole import free_name, lock, write_whole
 from utils import UserError
 
@@ -65,7 +65,8 @@ class Run(NamedTuple):
         if keep:
             whole = [saved for saved in others if not saved.iteration]
             there = {saved.epoch for saved in whole} | {checkpoint_place(newest)[0]}
-            stay = training.kept | {best.epoch for best in [training.best_of(there)] if best}
+            best = find_best({e: value for e, value in training.validations.items() if e in there})
+            stay = training.kept | ({best.epoch} if best else set())
             old += [saved for saved in whole[: max(0, len(whole) + 1 - keep)] if saved.epoch not in stay]
         for saved in old:
             with suppress(FileNotFoundError):
@@ -83,6 +84,8 @@ class Run(NamedTuple):
             found = f"{log} ends before {newest[0].path}, so it is the log of another run"
             raise UserError(f"--best: {found}: name a file by --checkpoint")
         rows = [row for row in rows if row["val_mean_iou"]]
+        if rows and (passed := sum(row["val_set"] not in ("", rows[-1]["val_set"]) for row in rows)):
+            print(f"{passed} validations on other images, masks or in another way: --best passes them over")
         if newest and not newest[0].iteration and newest[0].epoch not in {row["epoch"] for row in rows}:
             print(f"{newest[0].path} was not validated: --best passes it over")
         if not rows:
@@ -185,22 +188,23 @@ class RunLog:
     def match_validations(self, rows: list[dict]) -> None:
         """Let the rows and the checkpoint that the run continues tell of the same validations: each can have
         some that the other lacks."""
-        training, before = self.training, {}
+        training, own, others, last = self.training, ("", self.training.val_set), {}, ""
         for row in (row for row in rows if row["val_mean_iou"]):
-            if row["val_set"] in ("", training.val_set):
-                training.note_validation(row["epoch"], float(row["val_mean_iou"]))
+            epoch, value, last = row["epoch"], float(row["val_mean_iou"]), row["val_set"]
+            if last in own:
+                training.note_validation(epoch, value)
             else:
-                before.setdefault(row["val_set"], []).append((float(row["val_mean_iou"]), -row["epoch"]))
-        training.kept |= {-max(found)[1] for found in before.values()}
-        if before and rows[-1]["val_set"] not in ("", training.val_set):
-            print(f"the last validation in {self.file.name} does not compare with those to come")
+                others.setdefault(last, {})[epoch] = value
+        training.others |= {} if last in own else others[last]
+        training.kept |= {find_best(found).epoch for found in (*others.values(), training.others) if found}
+        if best := find_best(training.others):
+            found = "validates other images or masks, or in another way: the mean IoUs before do not count"
+            print(f"{found} any more (--keep leaves the best of them, that of epoch {best.epoch})")
         validated = {row["epoch"] for row in rows if row["val_mean_iou"]}
         at_end = training.resumed and re.search(r"_epoch\d+\.pth$", training.resumed.path)
         if at_end and training.epoch not in {*validated, *training.validations}:  # a stop came between
             print(f"{training.resumed.path} was not validated: --best, --keep and --patience pass it over")
-        for epoch in (
-            training.validations.keys() - validated
-        ):  # the log was not copied with the checkpoint, say
+        for epoch in training.validations.keys() - validated:  # as the log was not copied, say
             row = {"epoch": epoch, "iteration": epoch * training.per_epoch, "per_epoch": training.per_epoch}
             rows.append({**row, "val_mean_iou": training.validations[epoch], "val_set": training.val_set})
         rows.sort(key=place)

@@ -1,7 +1,6 @@
 """The state of a training run, and the checkpoints that it is saved to and resumed from."""
 
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -55,7 +54,8 @@ class Training:
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
         validations: the mean IoU after each epoch that was validated.
-        kept: the best epochs of other images, or of validations that were done in another way.
+        others: the same before other images, masks or flags of validation came: these do not compare.
+        kept: the best epochs of all such.
         offset: the number of steps that were taken is so much higher than `iteration`, since an epoch had
             another number of iterations.
         resumed: the checkpoint that the run continues.
@@ -73,6 +73,7 @@ class Training:
     epoch: int = 0
     iteration: int = 0
     validations: dict[int, float] = field(default_factory=dict)
+    others: dict[int, float] = field(default_factory=dict)
     kept: set[int] = field(default_factory=set)
     offset: int = 0
     resumed: Resumed | None = None
@@ -86,15 +87,7 @@ class Training:
 
     @property
     def best(self) -> Best | None:
-        """The first of the best validations, if there is one."""
-        return self.best_of(self.validations)
-
-    def best_of(self, epochs: Iterable[int]) -> Best | None:
-        """The same of these epochs."""
-        found = (
-            Best(epoch, self.validations[epoch]) for epoch in sorted(epochs) if epoch in self.validations
-        )
-        return max(found, key=lambda best: best.mean_iou, default=None)
+        return find_best(self.validations)
 
     @property
     def waited(self) -> int:
@@ -168,10 +161,7 @@ class Training:
             shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
             print(f"the run continues with other flags: {shown}")
         if self.validations and checkpoint.get("val_set", self.val_set) != self.val_set:
-            best, self.validations = self.best, {}
-            self.kept.add(best.epoch)
-            found = "validates other images or masks, or in another way: the mean IoUs before do not count"
-            print(f"{found} any more (--keep leaves the best of them, that of epoch {best.epoch})")
+            self.others, self.validations = self.validations, {}
         now = torch.get_num_threads()
         before = checkpoint.get("threads", now)
         if before != now and next(self.model.parameters()).device.type == "cpu":
@@ -205,6 +195,12 @@ class Training:
                 own[parameter].copy_(momentum)
         for parameter, momentum in own.items():
             self.optimizer.state[parameter]["momentum_buffer"] = momentum
+
+
+def find_best(validations: dict[int, float]) -> Best | None:
+    """The first of the best validations, if there is one."""
+    found = (Best(*item) for item in sorted(validations.items()))
+    return max(found, key=lambda best: best.mean_iou, default=None)
 
 
 def compare_reading(saved: Reading, path: str, now: Reading) -> None:

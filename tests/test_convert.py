@@ -544,6 +544,16 @@ def test_a_data_yaml_that_names_other_folders(text, train, val, tmp_path):
     assert found == {"train": set(train), "val": set(val)}
 
 
+def test_a_list_of_names_relative_to_the_path_of_data_yaml(tmp_path):
+    expected = make_cvat_yolo(tmp_path / "e/data")
+    os.rename(tmp_path / "e/data/data.yaml", tmp_path / "e/data.yaml")
+    write(tmp_path / "e/data.yaml", "names: [cat, dog]\npath: data\ntrain: lists/train.txt\n")
+    names = "".join(f"images/train/{Path(path).name}\n" for path in expected)
+    write(tmp_path / "e/data/lists/train.txt", names)
+    convert(str(tmp_path / "e"), str(tmp_path / "set"))
+    assert masks_of(tmp_path / "set").keys() == expected.keys()
+
+
 def test_names_that_yaml_takes_for_something_else(tmp_path):
     make_yolo(tmp_path)
     write(tmp_path / "data.yaml", "train: train/images\nval: valid/images\nnames: [no, yes]\n")
@@ -1089,8 +1099,10 @@ def test_augmented_copies_of_a_photo_are_in_one_split(tmp_path):
 def test_images_are_the_named_folders_own(kind, tmp_path, capsys):
     """Paths that lead out of --images do not bring the images back that it replaces."""
     expected = make_export(kind, tmp_path / "export")[0]
-    for path in expected:
-        photo(tmp_path / "new" / os.path.basename(path))
+    for path in expected:  # links, as of a store of files
+        new = photo(tmp_path / "store" / os.path.basename(path))
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / new.name).symlink_to(new)
     for file in (tmp_path / "export").rglob("*.json"):
         data = json.loads(file.read_text())
         if kind == "labelme":
@@ -1103,7 +1115,7 @@ def test_images_are_the_named_folders_own(kind, tmp_path, capsys):
     assert masks_of(tmp_path / "old set").keys() == expected.keys()
     capsys.readouterr()
     convert(str(tmp_path / "export"), str(tmp_path / "set"), str(tmp_path / "new"))
-    assert {os.path.dirname(path) for path in masks_of(tmp_path / "set")} == {str(tmp_path / "new")}
+    assert {os.path.dirname(path) for path in masks_of(tmp_path / "set")} == {str(tmp_path / "store")}
     note = f"{len(expected)} images are not in the folders that the export names: taken by their file names"
     assert note in capsys.readouterr().out
 

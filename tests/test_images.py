@@ -18,6 +18,8 @@ from PIL import Image
 
 import deeplab
 import main
+from commands.check import prepare
+from datasets import ListSegmentation
 from files import images, lists
 from files.images import Reading, open_image, read_header
 from files.pixels import read_image, to_rgb
@@ -514,6 +516,19 @@ def test_16_bits_within_a_narrow_band_need_a_range(cli, tmp_path):
         found = re.search(r"which as 8 bits would be lost: --value_range (\d+) (\d+) makes", err)
         assert status == 1 and 28900 < int(found[1]) < 29512 and 30000 < int(found[2]) < 31232, err
     assert cli("--check", *data, "--value_range", 29000, 31000)[0] == 0
+
+
+def test_dark_images_of_a_run_that_goes_on_are_told(tmp_path, capsys):
+    """It cannot change how they are read."""
+    root = make_list_dataset(tmp_path / "set")
+    for path in (root / "images").glob("*.jpg"):
+        tifffile.imwrite(path.with_suffix(".tif"), np.full((60, 80), 900, np.uint16))
+    for path in (root / "list").iterdir():
+        path.write_text(path.read_text().replace(".jpg", ".tif"))
+    with pytest.raises(UserError, match="which as 8 bits would be lost"):
+        prepare(ListSegmentation(str(root), "train"), "train", skip_bad=False)
+    prepare(ListSegmentation(str(root), "train"), "train", skip_bad=False, resumes=True)
+    assert "which as 8 bits would be lost" in capsys.readouterr().out
 
 
 def test_dark_images_to_validate_are_told(cli, tmp_path):

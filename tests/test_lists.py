@@ -189,6 +189,8 @@ def test_two_masks_of_an_image_beside_lists_of_voc(tmp_path, first):
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("\n".join(NAMES[:3]))
     shutil.copy(tmp_path / f"masks/img003{first}.png", tmp_path / "masks/more.png")  # of no image
     assert len(samples(root, "train")) == 3
+    shutil.copy(tmp_path / f"masks/img001{first}.png", tmp_path / f"masks/img001_0005{first}.png")  # a frame
+    assert len(samples(root, "train")) == 3
     shutil.copy(tmp_path / f"masks/img001{first}.png", tmp_path / "masks/img001_road.png")
     with pytest.raises(UserError, match=f"has img001{first}.png and img001_road.png: which of them is meant"):
         samples(root, "train")
@@ -307,6 +309,17 @@ def test_list_of_names_outside_of_ascii(tmp_path):
 )
 def test_names_of_results(paths, names):
     assert unique_names(paths, taken=("samples", "worst")) == names
+
+
+def test_list_whose_first_image_alone_is_gone(cli, smallest, tmp_path):
+    """Its folder, too: that is a fault of one sample, and not of how paths are written."""
+    lists = tmp_path / "set/list/train.txt"
+    lists.write_text(f"/gone/x.jpg /gone/x.png\n{lists.read_text()}")
+    status, out, _ = cli("--train", "--exp", "x", *smallest, "--skip_bad", "--epochs", 1)
+    assert status == 0 and "6 images to train on" in out
+    lists.write_text("\\gone\\x.jpg \\gone\\x.png\n")
+    status, _, err = cli("--train", "--exp", "x", *smallest)
+    assert status == 1 and "paths are relative to" in err and "with / between folders" in err
 
 
 def test_byte_that_no_path_has(tmp_path):

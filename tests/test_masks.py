@@ -64,6 +64,12 @@ def test_classes_and_their_values(tmp_path, text, classes, values):
     assert labels.classes == classes and labels.values == values and len(labels.palette) == len(classes)
 
 
+@pytest.mark.parametrize("text", ["0-25%\n25-50%\n50-100%", "1990-old\n2000-new", "bg 0 0 0\n1_road 9 9 9"])
+def test_names_that_look_like_numbering(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    assert len(read_classes(str(tmp_path / "classes.txt")).classes) == len(text.splitlines())
+
+
 def test_names_that_look_like_headings(tmp_path):
     """An export's classes have colours, and may be called anything."""
     names = ["id card", "identity", "name", "class"]
@@ -287,6 +293,13 @@ def test_palette_in_which_a_colour_is_transparent_in_places(tmp_path):
     with pytest.raises(UserError, match="mask.png: the colour 255 0 0 is transparent in places"):
         read(tmp_path, "a 0 0 0\nb 255 0 0", mask)
     assert read(tmp_path, "a\nb\nc", mask).tolist() == [[0, 1, 2]]
+
+
+def test_palette_of_greys_and_a_colour_that_does_not_occur(tmp_path):
+    """Colours to look at: other masks of the set have the third class."""
+    mask = grey([0, 1])
+    mask.putpalette([0, 0, 0, 255, 255, 255, 255, 0, 0])
+    assert read(tmp_path, "a\nb\nc", mask).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(

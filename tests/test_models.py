@@ -213,6 +213,14 @@ def test_what_a_file_seems_to_be(cli, tmp_path):
         assert status == 1 and one_line(err) and f"{name}.pth" in err and hint in err
 
 
+def test_start_from_a_trunk_with_the_other_norm(cli, small, tmp_path):
+    """Its convs and its norms' scales are GroupNorm's, too; its statistics are nobody's."""
+    torch.save(deeplab.build("tiny", False).trunk.state_dict(), tmp_path / "trunk.pth")
+    flags = ["--train", "--exp", "x", *small, "--groups", 32, "--epochs", 1, "--init", "trunk.pth"]
+    status, out, err = cli(*flags)
+    assert status == 0 and "starts from the trunk in trunk.pth" in out, err
+
+
 def test_start_from_a_trunk_alone(cli, small, tmp_path):
     """torchvision's names of ImageNet weights, with their classifier: ASPP starts anew, and it is said so."""
     source = deeplab.build("tiny", False)

@@ -510,6 +510,10 @@ def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path
     rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))[1:]
     assert 0 < len(rows) < 40 and all((tmp_path / "out" / mask).exists() for _, mask, *_ in rows)
     assert len(rows) >= 30 - 6  # eval_batch_size 4 are written meanwhile
+    # No mask lacks its row, which would be taken for somebody else's by the same command.
+    assert {mask for _, mask, *_ in rows} == {path.name for path in (tmp_path / "out").glob("*_mask.png")}
+    monkeypatch.setattr(prediction, "predict_batch", predict_batch)
+    assert cli("--predict", "*.png", "--checkpoint", trained[0], "--out", "out")[0] == 0
 
 
 @pytest.mark.parametrize("evaluates", [False, True])

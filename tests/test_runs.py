@@ -326,14 +326,29 @@ def test_validations_that_do_not_compare_begin_anew(cli, smallest, tmp_path, mon
     assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}3.pth"
 
 
-def test_keep_leaves_the_best_of_validations_that_do_not_compare(cli, smallest, monkeypatch):
+def test_keep_leaves_the_best_of_validations_that_do_not_compare(cli, smallest, monkeypatch, capsys):
     validations(monkeypatch, [0.9, 0.2, 0.3, 0.2, 0.1])
     flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--keep", 1]
     assert cli(*flags, "--epochs", 2)[0] == 0
     status, out, _ = cli(*flags, "--epochs", 4, "--flip")
-    assert status == 0 and "--keep leaves the best of them, that of epoch 1" in out
+    assert status == 0 and out.count("the mean IoUs before do not count any more") == 1
+    assert "--keep leaves the best of them, that of epoch 1" in out
+    find_checkpoint("tiny", "custom", "x", None, best=True)
+    assert (
+        "2 validations on other images, masks or in another way: --best passes them over"
+        in capsys.readouterr().out
+    )
     assert cli(*flags, "--epochs", 5, "--flip")[0] == 0  # also when it is resumed once more
     assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 3, 5]
+
+
+def test_first_validation_that_does_not_compare_is_told(cli, smallest, monkeypatch):
+    """Its checkpoint was saved before it: the log alone has it."""
+    validations(monkeypatch, [0.9, 0.2])
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--log_every", 1]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    status, out, _ = cli(*flags, "--epochs", 2, "--flip")
+    assert status == 0 and "any more (--keep leaves the best of them, that of epoch 1)" in out
 
 
 def test_keep_leaves_the_best_that_is_there(cli, smallest, monkeypatch):
