@@ -517,11 +517,12 @@ def test_a_copy_of_an_export_of_yolo(kind, tmp_path, capsys):
         ),
         ("train: relative.txt\nval: images/val", ["a/train"], ["b/val"]),
         ("train: absolute.txt\nval: images/val", ["a/train", "b/train"], ["b/val"]),
+        ("train: own.txt\nval: ROOT/b/images/val", ["b/train"], ["b/val"]),
         ("train: images\\train\\\nval: ./images/val/\ntest: test/", ["b/train"], ["b/val"]),
         ("train: C:/x/images/train\nval: ../a/images/val", ["b/train"], ["a/val"]),
     ],
 )
-def test_a_data_yaml_that_names_other_folders(text, train, val, tmp_path):
+def test_a_data_yaml_that_names_other_folders(text, train, val, tmp_path, capsys):
     """They are as they are written, though the same lie beside it."""
     pytest.importorskip("yaml")
     for name, label in (("a", 0), ("b", 1)):
@@ -533,6 +534,7 @@ def test_a_data_yaml_that_names_other_folders(text, train, val, tmp_path):
     (tmp_path / "b/test").rmdir()
     paths = sorted(tmp_path.rglob("images/train/*.jpg"))
     write(tmp_path / "b/absolute.txt", "".join(f"{path}\n" for path in paths))
+    write(tmp_path / "b/own.txt", "".join(f"{path}\n" for path in paths[2:]))
     write(tmp_path / "b/relative.txt", "".join(f"../a/images/train/{path.name}\n" for path in paths[:2]))
     write(tmp_path / "b/data.yaml", f"names: [cat, dog]\n{text}\n".replace("ROOT", str(tmp_path)))
     convert(str(tmp_path / "b"), str(tmp_path / "set"))
@@ -542,6 +544,7 @@ def test_a_data_yaml_that_names_other_folders(text, train, val, tmp_path):
         found[split].add(f"{name}/{folder}")
         assert mask.max() == {"a": 1, "b": 2}[name]
     assert found == {"train": set(train), "val": set(val)}
+    assert "also beside" not in capsys.readouterr().out
 
 
 def test_a_list_of_names_relative_to_the_path_of_data_yaml(tmp_path):

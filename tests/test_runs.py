@@ -338,7 +338,8 @@ def test_keep_leaves_the_best_of_validations_that_do_not_compare(cli, smallest, 
         "2 validations on other images, masks or in another way: --best passes them over"
         in capsys.readouterr().out
     )
-    assert cli(*flags, "--epochs", 5, "--flip")[0] == 0  # also when it is resumed once more
+    os.remove(LOG)
+    assert cli(*flags, "--epochs", 5, "--flip")[0] == 0  # also when it is resumed once more, without the log
     assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 3, 5]
 
 
