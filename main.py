@@ -234,9 +234,9 @@ def start(
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     optimizer = make_optimizer(model, fused=not scaler.is_enabled())
-    sets = {"images": len(data), "per_epoch": batches.per_epoch, "train_data": data.fingerprint(False)}
-    sets["val_data"] = val_data
-    training = Training(model, optimizer, scaler, flags=vars(args), labels=data.labels, **sets)
+    sets = {"images": len(data), "train_data": data.fingerprint(with_masks=False), "val_data": val_data}
+    about = {"per_epoch": batches.per_epoch, "flags": vars(args), "labels": data.labels}
+    training = Training(model, optimizer, scaler, **about, **sets)
     if resume:
         training.resume(resume)
         print(f"resumed from {resume}: iteration {training.iteration} of {batches.max_iter}")
@@ -310,11 +310,10 @@ def open_run(
         options = {**checkpoints.model_config(initial, args.init), **options}
         reading = checkpoints.reading(initial, args.init)
     given = reading_options(args)
-    inherited = {key: value for key, value in reading._asdict().items() if value and key not in given}
-    if inherited:
-        words = [f"--{key} {' '.join(f'{x:g}' for x in value)}" for key, value in inherited.items()]
-        hint = "images are read so; give other flags to change that"
-        print(f"{args.init} was trained with {' '.join(words)}: {hint}")
+    kept = [key for key in ("value_range", "bands") if getattr(reading, key) and key not in given]
+    if kept:
+        known = " ".join(f"--{key} {reading.words(key)}" for key in kept)
+        print(f"{args.init} was trained with {known}: images are read so; give other flags to change that")
     reading = reading._replace(**given)
     train_set, val_set = open_dataset(args, "train", reading), open_dataset(args, "val", reading)
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"

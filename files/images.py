@@ -64,6 +64,10 @@ class Reading(NamedTuple):
     bands: tuple[int, int, int] | None = None
     max_pixels: int = MAX_PIXELS
 
+    def words(self, key: str) -> str:
+        """The numbers of `value_range` or `bands` as their flags take them, or `none`."""
+        return " ".join(f"{number:g}" for number in getattr(self, key) or ()) or "none"
+
 
 AS_STORED = Reading()
 

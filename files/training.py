@@ -206,7 +206,7 @@ def find_best(validations: dict[int, float]) -> Best | None:
 def compare_reading(saved: Reading, path: str, now: Reading) -> None:
     """Raises UserError if a run goes on with images that are read in another way."""
     for key in ("value_range", "bands"):
-        before, given = ((" ".join(f"{v:g}" for v in getattr(r, key) or ()) or "none") for r in (saved, now))
+        before, given = saved.words(key), now.words(key)
         if before != given:
             raise UserError(f"{path} was trained with another --{key} (checkpoint: {before}, here: {given})")
 
