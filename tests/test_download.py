@@ -479,6 +479,7 @@ def strange_time() -> tarfile.TarInfo:
         ("zip", encrypted_zip(), "encrypted"),
         *((kind, data, "cannot unpack") for kind in ("tar", "zip") for data in (b"", b"nothing", 0.4)),
     ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,  # the bytes hold the time
 )
 def test_damaged_archives(kind, content, reason, archive):
     file = archive(kind, content if isinstance(content, dict) else {"one/two/m": DATA, "one/two/n": DATA})

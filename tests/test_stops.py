@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_stopped_though_its_workers_are_frozen(smallest, tmp_path):
     os.kill(run.pid, signal.SIGTERM)
     assert end(run, seconds=60) == [143]
     assert "\n" not in (tmp_path / "err").read_text().strip() and list((tmp_path / "data").glob("*.pth"))
+
+
+def test_a_long_step_ends_though_its_workers_are_killed(cli, smallest, monkeypatch):
+    """Those that do not answer a stop are killed after a while, at which torch would raise in the step."""
+    timer, step = threading.Timer, main.train_step
+
+    def long_step(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):
+            time.sleep(0.01)
+        return step(*args, **options)
+
+    monkeypatch.setattr(threading, "Timer", lambda seconds, function: timer(0.1, function))
+    monkeypatch.setattr(main, "train_step", long_step)
+    status, _, err = cli("--train", "--exp", "x", *smallest, "--epochs", 9, "--workers", 2)
+    assert status == 143 and f"{NAME}_epoch0_iter1.pth is saved" in err
 
 
 def test_stopped_while_it_validates_with_workers(smallest, tmp_path):
