@@ -425,7 +425,7 @@ def load_batches(
     dataset: SegmentationDataset, batches: Iterable, workers: int, device: torch.device
 ) -> Iterator[list[Tensor]]:
     """The (images, masks, sizes) of `SegmentationDataset.collate` on the device, for each list of indices.
-    Raises UserError if a sample cannot be used, or a worker is killed."""
+    Raises UserError if a sample cannot be used."""
     cuda = device.type == "cuda"
     loader = DataLoader(
         dataset,
@@ -446,9 +446,6 @@ def load_batches(
             f"processes that load images cannot be started ({reason}): use --workers 0"
         ) from error
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        end_if_stopped()  # a signal for all processes can reach a worker before it is prepared
-        reason = " ".join(str(error).split()).rstrip(".")
-        hint = "lower --workers if memory lacks; in Docker, allow more shared memory (--shm-size 8g)"
-        raise UserError(f"a process that loads images was killed ({reason}): {hint}") from error
+        if str(error).startswith("DataLoader worker"):
+            end_if_stopped()  # a signal for all processes can reach a worker before it is prepared
+        raise

@@ -508,6 +508,9 @@ def explain(error: Exception, args: argparse.Namespace) -> str | None:
             return f"out of memory with {given}: raise --accum, or lower the others"
         side = "--tile" if args.tile else "--max_side" if args.predict else ""
         return f"out of memory: lower {f'{side}, ' if side else ''}--eval_batch_size or --scales"
+    if str(error).startswith("DataLoader worker"):  # which torch raises in whatever line is running
+        hint = "lower --workers if memory lacks; in Docker, allow more shared memory (--shm-size 8g)"
+        return f"a process that loads images was killed ({' '.join(str(error).split()).rstrip('.')}): {hint}"
     # gloo has no error of its own: it names the place in its source.
     if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         hint = "see there; --resume auto continues from the last checkpoint"

@@ -131,7 +131,7 @@ def stop_signals() -> Iterator[None]:
 
     def note(number: int, frame) -> None:
         noted_signals.append(number)
-        if hasattr(signal, "SIGCHLD"):  # as a worker ends, torch's handler would raise in the middle of a step
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise within a step, as soon as a worker ends
             before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
             os.kill(worker.pid, signal.SIGCONT)  # a process of a loader that is stopped would be waited for

@@ -1,6 +1,7 @@
 """Kills and stop signals at any moment: nothing lost, and a line that says how to continue."""
 
 import io
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import TINY, children, make_list_dataset, same_weights, spoil
+from conftest import TINY, children, make_list_dataset, one_line, same_weights, spoil
 from processes import end, narrow, start, wait_until
 from test_runs import LOG, NAME, STEM, contents, read_log, stop_at_step
 
@@ -134,6 +135,18 @@ def test_a_long_step_ends_though_its_workers_are_killed(cli, smallest, monkeypat
     monkeypatch.setattr(main, "train_step", long_step)
     status, _, err = cli("--train", "--exp", "x", *smallest, "--epochs", 9, "--workers", 2)
     assert status == 143 and f"{NAME}_epoch0_iter1.pth is saved" in err
+
+
+def test_worker_killed_for_memory_is_a_line(cli, smallest, monkeypatch):
+    """In the middle of a step, where torch raises."""
+
+    def long_step(*args, **options):
+        multiprocessing.active_children()[0].kill()
+        time.sleep(10)
+
+    monkeypatch.setattr(main, "train_step", long_step)
+    status, _, err = cli("--train", "--exp", "x", *smallest, "--workers", 2)
+    assert status == 1 and one_line(err) and "is killed by signal: Killed): lower --workers" in err
 
 
 def test_stopped_while_it_validates_with_workers(smallest, tmp_path):
