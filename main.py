@@ -59,7 +59,7 @@ from datasets import SegmentationDataset, TrainBatches
 from deeplab import DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.images import AS_STORED, Reading
-from files.runs import Run, RunLog, backbones, find_checkpoint
+from files.runs import Run, RunLog, backbones, find_checkpoint, until_stopped
 from files.training import Training
 from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
@@ -228,7 +228,7 @@ def start(
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif WORLD > 1 and not num_groups:
         print("BatchNorm takes statistics in each process by itself: only GPUs can share them")
-    model.place(device)
+    model.place(device).train()
     if args.compile:
         model.compile(dynamic=False)
     torch.backends.cudnn.benchmark = True  # finds the fastest convs, for the crops have one size
@@ -343,8 +343,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if out_of_patience(args, state):
         return
     loaded = datasets.load_batches(train_set, batches, args.workers, device)
+    loaded = until_stopped(loaded, run, state, args.keep)
     bar = tqdm(loaded, total=max_iter, initial=first, disable=True if RANK else None, dynamic_ncols=True)
-    model.train()
     mean_iou, loss_sum, logged, began = None, 0, first, time.perf_counter()
     for iteration, (images, masks, sizes) in enumerate(bar, first):
         torch.manual_seed(zlib.crc32(f"{args.seed} {iteration} {RANK}".encode()))  # of dropout
@@ -354,6 +354,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         loss_sum += train_step(net, optimizer, state.scaler, criterion, x, masks, amp, args.accum)
         done, stops = iteration + 1, utils.stop_asked()
         epochs_done, within = divmod(done, per_epoch)
+        state.epoch, state.iteration = epochs_done, done
         validates = done == max_iter or (not within and epochs_done % args.save_every == 0)
         saves = validates or stops or (args.save_every_iters and done % args.save_every_iters == 0)
         if within and done % args.log_every and not saves:
@@ -363,7 +364,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         row["images_per_second"] = batches.images(logged, done) / (time.perf_counter() - began)
         report(row, mean_iou, bar, args.epochs, batches.images(done, max_iter))
         path = run.checkpoint(epochs_done, 0 if validates else done)
-        state.epoch, state.iteration = epochs_done, done
         if log:
             log.write(row)  # before the checkpoint: a run resumed from it finds it there
             if saves:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from glob import glob
@@ -17,7 +18,7 @@ from PIL import Image
 from files.pictures import plot_run
 from files.training import Training, find_best
 from files.whole import free_name, lock, write_whole
-from utils import UserError
+from utils import WORLD, Stopped, UserError
 
 COLUMNS = ["epoch", "iteration", "lr", "loss", "val_mean_iou", "images_per_second", "per_epoch", "val_set"]
 
@@ -101,6 +102,22 @@ class Run(NamedTuple):
         if found.path != paths[0]:
             print(f"{paths[0]} had the best validation, and is not there: --best takes {found.path}")
         return found
+
+
+def until_stopped(batches: Iterable, run: Run, training: Training, keep: int | None) -> Iterator:
+    """The batches. If a stop signal ended the waiting for one, what has been trained is saved.
+    Raises Stopped with a line that says so."""
+    try:
+        yield from batches
+    except Stopped:
+        if WORLD > 1 or training.iteration == training.saved:  # of several processes, the others took no part
+            raise
+        if not all(parameter.isfinite().all() for parameter in training.model.parameters()):
+            raise
+        path = run.checkpoint(training.epoch, training.iteration)
+        training.save(path)
+        run.prune(path, keep, training)
+        raise Stopped(f"{path} is saved: the same command with --resume auto continues it") from None
 
 
 def backbones(dataset: str, exp: str) -> list[str]:

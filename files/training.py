@@ -53,6 +53,7 @@ class Training:
         train_data, val_data: what tells the samples to train on, and to validate, from others.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
+        saved: the same as the newest checkpoint was written.
         validations: the mean IoU after each epoch that was validated.
         others: the same before other images, masks or flags of validation came: these do not compare.
         kept: the best epochs of all such.
@@ -72,6 +73,7 @@ class Training:
     val_data: str
     epoch: int = 0
     iteration: int = 0
+    saved: int = 0
     validations: dict[int, float] = field(default_factory=dict)
     others: dict[int, float] = field(default_factory=dict)
     kept: set[int] = field(default_factory=set)
@@ -122,6 +124,7 @@ class Training:
             "threads": torch.get_num_threads(),
         }
         write_whole(path, partial(torch.save, entries))
+        self.saved = self.iteration
 
     def resume(self, path: str) -> None:
         """Continue a checkpoint: take its weights, momentum, loss scale and progress.
@@ -150,7 +153,7 @@ class Training:
             iteration = int(checkpoint.get("iteration", self.epoch * per_epoch))
             self.resumed = Resumed(path, iteration, per_epoch)
             iteration = iteration * self.per_epoch // per_epoch
-            self.iteration = max(iteration, self.epoch * self.per_epoch)
+            self.iteration = self.saved = max(iteration, self.epoch * self.per_epoch)
             self.offset = int(checkpoint.get("steps", self.resumed.iteration)) - self.iteration
             self.kept = set(map(int, checkpoint.get("kept", ())))
             validations = checkpoint.get("validations", {best[0]: best[1]} if best else {})

@@ -137,6 +137,21 @@ def test_a_long_step_ends_though_its_workers_are_killed(cli, smallest, monkeypat
     assert status == 143 and f"{NAME}_epoch0_iter1.pth is saved" in err
 
 
+def test_stopped_while_it_waits_for_a_batch_it_saves_what_was_trained(cli, smallest, monkeypatch):
+    timer, load = threading.Timer, SegmentationDataset.__getitem__
+
+    def load_slowly(dataset, key):
+        time.sleep(60 * key[0])  # all but the first epoch
+        return load(dataset, key)
+
+    monkeypatch.setattr(threading, "Timer", lambda seconds, function: timer(0.1, function))
+    monkeypatch.setattr(SegmentationDataset, "__getitem__", load_slowly)
+    timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    flags = ["--train", "--exp", "x", *smallest, "--batch_size", 2, "--epochs", 2, "--save_every", 2]
+    status, _, err = cli(*flags, "--workers", 2)
+    assert status == 143 and f"{STEM}1_iter3.pth is saved: the same command with --resume auto" in err
+
+
 def test_worker_killed_for_memory_is_a_line(cli, smallest, monkeypatch):
     """In the middle of a step, where torch raises."""
 
