@@ -397,7 +397,8 @@ def print_end(run: Run, state: Training, device: torch.device) -> None:
         path = run.checkpoint(state.best.epoch)
         print(f"{found}: {'--best takes' if os.path.exists(path) else 'but there is no'} {path}")
     if device.type == "cuda":
-        print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        print(f"peak memory of the GPU: {peak:.1f} GiB, with what cuDNN takes to find the fastest convs")
 
 
 # ----------------------------------------------------------------------------------------------------------
