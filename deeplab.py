@@ -442,12 +442,13 @@ class DeepLabv3(nn.Module):
         """What to take the argmax of: the logits, or the softmax scores averaged over several passes, or
         those of a single pass with `softmax`.
 
-        Takes normalised images (N, 3, H, W), gives (N, num_classes, H, W) (paper, section 4.1).
+        Takes normalised images (N, 3, H, W), gives (N, num_classes, H, W) (paper, section 4.1). Raises
+        UserError if a number in float16 overflows.
         """
         scales, flip = inference.scales, inference.flip
         with autocast(x.device, inference.amp):
             if list(scales) == [1.0] and not flip and not softmax:
-                return self(x)
+                return check_float16(self(x), inference)
             stride, total = self.config["output_stride"], 0
             for scale in scales:
                 if self.align_corners:
@@ -458,7 +459,7 @@ class DeepLabv3(nn.Module):
                 total = total + self(scaled, x.shape[2:]).softmax(1)
                 if flip:
                     total = total + self(scaled.flip(-1), x.shape[2:]).flip(-1).softmax(1)
-        return total / (len(scales) * (2 if flip else 1))
+        return check_float16(total / (len(scales) * (2 if flip else 1)), inference)
 
     @property
     def padded_stride(self) -> int:
@@ -603,6 +604,13 @@ class DeepLabv3(nn.Module):
             if isinstance(module, _BatchNorm):
                 momentum = TRUNK_MOMENTUM if name.startswith("trunk.") else HEAD_MOMENTUM
                 module.momentum = min(1.0, max(momentum, HEAD_MOMENTUM * PAPER_ITERATIONS / max_iter))
+
+
+def check_float16(scores: Tensor, inference: Inference) -> Tensor:
+    """The scores. Raises UserError if they are not finite, of which argmax would make some class."""
+    if inference.amp == "fp16" and not scores.isfinite().all():
+        raise UserError("numbers overflow in float16, which ends at 65504: give --amp bf16 or none")
+    return scores
 
 
 def build(backbone: str, pretrained: bool = True, *args, **kwargs) -> DeepLabv3:

@@ -19,6 +19,7 @@ from datasets import ListSegmentation, SegmentationDataset
 from deeplab import Inference
 from files import checkpoints
 from files.masks import VOC_CLASSES
+from utils import UserError
 
 PLAIN = ["--aspp_rates", 2, "--batch_size", 6]
 
@@ -405,3 +406,14 @@ def test_checkpoint_of_before_heads(tmp_path):
     torch.save({"epoch": 1, **entries}, tmp_path / "x.pth")
     assert deeplab.load(tmp_path / "x.pth").config == model.config
     assert json.dumps(entries["model"]) and not re.search("trunk|head", " ".join(entries["state_dict"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}])
+def test_numbers_that_overflow_in_float16_are_no_labels(monkeypatch, options):
+    model = deeplab.build("tiny", False, 3).eval()
+    x, logits = torch.zeros(1, 3, 33, 33), torch.zeros(1, 3, 33, 33)
+    monkeypatch.setattr(model, "forward", lambda x, size=None: logits)
+    assert model.scores(x, Inference(amp="fp16", **options)).isfinite().all()
+    logits[0, 1, 7, 7] = float("inf")
+    with pytest.raises(UserError, match="overflow in float16.*--amp bf16 or none"):
+        model.scores(x, Inference(amp="fp16", **options))
