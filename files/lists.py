@@ -33,7 +33,8 @@ def find_samples(root: str, split: str) -> Pairs:
         return pair_folders(root, split, mask_folder(root) or "masks")
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root}: --data_root names the one that holds the data set")
-    raise UserError(f"{root} has neither list/{split}.txt nor the folders images and masks")
+    hint = f"(or images/{split} and masks/{split})"
+    raise UserError(f"{root} has neither list/{split}.txt nor the folders images and masks {hint}")
 
 
 def holds_samples(root: str) -> bool:
