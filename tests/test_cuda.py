@@ -83,6 +83,28 @@ def test_evaluation_counts_as_the_cpu_does(cli, smallest, tmp_path, flags):
     assert np.abs(counts[0] - counts[1]).sum() <= 2e-3 * counts[0].sum()
 
 
+@pytest.mark.parametrize(
+    "flags", [[], ["--tile", 33, "--eval_batch_size", 2], ["--scales", 0.75, 1, "--flip"]]
+)
+def test_prediction_is_that_of_the_cpu(cli, trained, flags):
+    checkpoint, root = trained
+    photos = sorted((root / "images").iterdir())[:3]
+    for device in ("cuda", "cpu"):
+        words = ["--predict", *photos, "--checkpoint", checkpoint, "--out", device, "--confidence"]
+        assert cli(*words, *flags, "--device", device)[0] == 0
+    for kind, least in (("mask", 0.99), ("confidence", 0.9)):
+        for path in sorted(Path("cpu").glob(f"*_{kind}.png")):
+            ours, theirs = (np.array(Image.open(p), int) for p in (path, Path("cuda", path.name)))
+            assert (abs(ours - theirs) <= (kind == "confidence")).mean() > least
+    model = deeplab.load(checkpoint, CUDA)
+    for options in ({}, {"tile": 33}):
+        for labels, path in zip(model.predict(list(map(str, photos)), **options), photos, strict=True):
+            expected = deeplab.load(checkpoint).predict(str(path), **options)
+            assert (labels == expected).mean() > 0.99
+            scores = model.predict(str(path), probabilities=True, **options)
+            assert (scores.argmax(0) == expected).mean() > 0.99 and abs(scores.sum(0) - 1).max() < 1e-3
+
+
 def test_gpu_that_is_not_there(cli, smallest):
     for flags in (["--device", "cuda:99"], ["--gpu", 99]):
         status, _, err = cli("--train", "--exp", "x", *smallest, *flags)
