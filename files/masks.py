@@ -34,6 +34,7 @@ class Labels:
         colors: the class of each colour (r, g, b) in an RGB mask.
         source: the file that says so, for messages.
         others_ignored: any other value is ignored, too, instead of being an error.
+        explicit: somebody wrote the values.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Labels:
         colors: dict[tuple[int, int, int], int] | None = None,
         source: str | None = None,
         others_ignored: bool = False,
+        explicit: bool = False,
     ):
         self.classes, self.palette, self.source = classes, palette, source
-        self.others_ignored = others_ignored
+        self.others_ignored, self.explicit = others_ignored, explicit
         values = {i: i for i in range(len(classes))} if values is None else values
         self.ignored_by_default = IGNORE_INDEX not in values  # not because somebody wrote it
         self.values = {IGNORE_INDEX: IGNORE_INDEX, **values}
@@ -74,7 +76,7 @@ class Labels:
         if picture.mode in ("LA", "PA"):
             picture, alpha = picture.getchannel(0), picture.getchannel(1)
             check_transparency(np.asarray(picture), np.asarray(alpha), 256, path)
-        if picture.mode == "P" and (table := self.named_in(picture)) is not None:
+        if picture.mode == "P" and (table := self.named_in(picture, path)) is not None:
             return table[np.asarray(picture)]
         if picture.mode == "P" and self.colors and self.goes_by_color(picture, path):
             return self.read(picture.convert("RGBA" if picture.has_transparency_data else "RGB"), path)
@@ -102,22 +104,38 @@ class Labels:
         values = {key_name(value, 256): label for value, label in self.values.items()}
         return values | {key_name(color, 1 << 24): label for color, label in self.colors.items()}
 
-    def named_in(self, picture: Image.Image) -> np.ndarray | None:
+    def named_in(self, picture: Image.Image, path: str) -> np.ndarray | None:
         """The label of each value of a palette mask that says what they are, as predictions do: these are
-        numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask, or one
-        with other classes."""
+        numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask, or
+        where classes.txt gives values and lacks such a name. Raises UserError if it lacks one otherwise."""
         try:
             names, colors = json.loads(picture.info.get(NAMES, ""))
-            palette = np.reshape(picture.getpalette("RGB"), (-1, 3))[: len(names)].tolist()
+            palette = np.reshape(picture.getpalette("RGB"), (-1, 3)).tolist()
+            same = palette[: len(names)] == colors
         except (TypeError, ValueError):
             return None
-        # What makes PNGs smaller keeps the text, but numbers the palette anew.
-        if palette != colors or not 0 <= picture.getextrema()[1] < len(names):
-            return None
-        if not all(name in self.classes for name in names):
-            return None
+        used = [i for _, i in picture.getcolors()]
+        named = {i: names[i] for i in used if i < len(names)}
+        if not same:  # what makes PNGs smaller keeps the text, but numbers the palette anew
+            there = [i for i in used if i < len(palette) and colors.count(palette[i]) == 1]
+            named = {i: names[colors.index(palette[i])] for i in there}
+            if len(named) < len(used):
+                return None
+        if unknown := [(i, name) for i, name in named.items() if name not in self.classes]:
+            if self.explicit:
+                return None
+            i, name = unknown[0]
+            found = f"it says that {i} is {name!r}, which {self.source or 'this data set'} does not name"
+            raise UserError(f"{path}: {found}: name it so, or give all classes their values, `NAME = {i}`")
+        labels = {i: self.classes.index(name) for i, name in named.items()}
+        painted = [i for i in used if i not in named and self.values.get(i) != IGNORE_INDEX]
+        if painted:
+            if all(self.values.get(i) == label for i, label in labels.items()):
+                return None
+            found = f"{path}: {painted[0]} is none of the classes that it names in its text"
+            raise UserError(f"{found}, and {self.source or 'this data set'} numbers those in another way")
         table = np.full(256, IGNORE_INDEX, np.uint8)
-        table[: len(names)] = [self.classes.index(name) for name in names]
+        table[[*labels]] = [*labels.values()]
         return table
 
     def goes_by_color(self, picture: Image.Image, path: str) -> bool:
@@ -290,7 +308,8 @@ def read_classes(path: str) -> Labels:
         raise UserError(f"{path} names one class, {names[0]!r}, and nothing to tell it from: {hint}")
     if not explicit:
         check_numbering(path, names, bool(colors))
-    return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
+    colors = colors if distinct else {}
+    return Labels(names, palette[: len(names)], values, colors, path, explicit=bool(explicit))
 
 
 def check_numbering(path: str, names: list[str], colored: bool) -> None:

@@ -16,7 +16,7 @@ from commands.check import unseen_classes
 from datasets import ListSegmentation, load_batches
 from files.images import open_image
 from files.masks import Labels, describe_pixels, read_classes
-from files.pictures import save_mask
+from files.pictures import save_mask, voc_palette
 from utils import UserError
 
 
@@ -206,8 +206,7 @@ def test_palettes(tmp_path, classes, colors, labels):
         ("ignore = 0\na = 1\nb = 2\nc = 3\n", [0, 1, 2]),  # as the masks were that it was trained on
         ("c\na\nx\nb\n", [1, 3, 0]),
         ("a 0 0 0\nb 9 9 9\nc 1 2 3\n", [0, 1, 2]),  # other colours than at the time
-        ("d\ne\nf\n", [0, 1, 2]),  # by hand for these masks: they go by value, as all do
-        ("ignore = 0\nd = 1\ne = 2\n", [255, 0, 1]),
+        ("ignore = 0\nd = 1\ne = 2\n", [255, 0, 1]),  # by hand for these masks: they go by value, as all do
     ],
 )
 def test_predictions_that_become_masks(tmp_path, classes, expected):
@@ -219,6 +218,35 @@ def test_predictions_that_become_masks(tmp_path, classes, expected):
     np.testing.assert_array_equal(found, np.array(expected, np.uint8)[labels])
 
 
+def prediction(tmp_path, pixels):
+    """A prediction of the classes a, b and c, as a picture."""
+    path = tmp_path / "m.png"
+    save_mask(str(path), np.array([pixels], np.uint8), [(0, 0, 0), (9, 9, 9), (1, 2, 3)], ["a", "b", "c"])
+    return Image.open(path)
+
+
+@pytest.mark.parametrize("classes", ["d\ne\nf\n", "a\nc\nx\n", "a\nx\n", "a 0 0 0\nc 9 9 9\nx 1 2 3\n"])
+def test_prediction_of_a_class_that_is_not_there(tmp_path, classes):
+    """Its numbers are another model's."""
+    (tmp_path / "classes.txt").write_text(classes)
+    labels = read_classes(str(tmp_path / "classes.txt"))
+    unknown = "0 is 'a'" if classes.startswith("d") else "1 is 'b'"
+    with pytest.raises(UserError, match=f"m.png: it says that {unknown}, which .*classes.txt does not name"):
+        labels.read(prediction(tmp_path, [0, 1]), "m.png")
+    if "c" in labels.classes:  # that b is not there matters to masks that have some
+        assert labels.read(prediction(tmp_path, [0, 2]), "m.png").tolist() == [[0, labels.classes.index("c")]]
+
+
+def test_prediction_that_somebody_has_painted_in(tmp_path):
+    mask = prediction(tmp_path, [0, 1, 2, 2, 2])
+    mask.putpixel((3, 0), 255)
+    assert Labels([*"cab"], voc_palette(3)).read(mask, "m.png").tolist() == [[1, 2, 0, 255, 0]]
+    mask.putpixel((4, 0), 3)
+    assert Labels([*"abcd"], voc_palette(4)).read(mask, "m.png").tolist() == [[0, 1, 2, 255, 3]]
+    with pytest.raises(UserError, match="m.png: 3 is none of the classes that it names"):
+        Labels([*"cabd"], voc_palette(4)).read(mask, "m.png")
+
+
 def test_prediction_that_an_optimiser_has_renumbered(tmp_path):
     """The text stays in the file, but its palette is another: it goes by its colours."""
     palette, classes = [[0, 0, 0], [9, 9, 9], [1, 2, 3]], ["a", "b", "c"]
@@ -227,9 +255,8 @@ def test_prediction_that_an_optimiser_has_renumbered(tmp_path):
     picture = Image.fromarray(np.array([[0, 1, 1]], np.uint8))
     picture.putpalette([0, 0, 0, 1, 2, 3])
     picture.info["classes"] = text
-    assert Labels(classes, palette, colors={(0, 0, 0): 0, (9, 9, 9): 1, (1, 2, 3): 2}).read(
-        picture, "m.png"
-    ).tolist() == [[0, 2, 2]]
+    for colors in (None, {(0, 0, 0): 0, (9, 9, 9): 1, (1, 2, 3): 2}):
+        assert Labels(classes, palette, colors=colors).read(picture, "m.png").tolist() == [[0, 2, 2]]
 
 
 def test_palette_that_contradicts_the_classes(tmp_path):
