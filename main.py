@@ -5,8 +5,8 @@ import signal
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `python -P` leaves it out
+from commands import flags
 from commands.download import download_all
-from commands.flags import convert_options, inference_options, model_options, parse_args, reading_options
 from utils import prepare_threads, run_command
 
 if __name__ == "__main__":
@@ -14,13 +14,13 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         line = b"main.py: stopped by SIGINT\n"
         signal.signal(signal.SIGINT, lambda *_: os.write(2, line) and os._exit(130))
-    ARGS = parse_args()
+    ARGS = flags.parse_args()
     if ARGS.download:
         run_command(lambda: download_all(ARGS.download, ARGS.url))
     if ARGS.convert:
         from commands.convert import convert  # after the flags: it needs NumPy and Pillow
 
-        run_command(lambda: convert(**convert_options(ARGS)))
+        run_command(lambda: convert(**flags.convert_options(ARGS)))
     prepare_threads()
 
 import argparse
@@ -60,7 +60,7 @@ from deeplab import DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.images import AS_STORED, Reading
 from files.runs import Run, RunLog, backbones, find_checkpoint, until_stopped
-from files.training import Training
+from files.training import Training, training_flags
 from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
 
@@ -81,9 +81,9 @@ def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> Segm
     return dataset
 
 
-def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv3, str, str | None]:
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv3, str, dict]:
     """The model to evaluate or to predict with, the path of its checkpoint, which tells what it holds, and
-    what it was validated on, see `Training.val_data`.
+    of its training the `flags`, and what it was validated on, see `Training.val_data`.
 
     A published one has the weights alone: the flags and their defaults tell the rest, --dataset the classes.
     Raises UserError if there is no such checkpoint, or it is of another model."""
@@ -91,7 +91,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
     if not path:
         path = find_checkpoint(args.backbone, args.dataset, args.exp, args.epochs, args.best)
         print(f"--exp {args.exp}: {path}")
-    checkpoint, options = checkpoints.read(path), model_options(args)
+    checkpoint, options = checkpoints.read(path), flags.model_options(args)
     if not checkpoints.is_published(checkpoint):
         model = deeplab.from_checkpoint(checkpoint, path, **options)
     else:
@@ -101,8 +101,9 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         if sorted(model.classes or ()) == sorted(labels.classes):  # VOC's, perhaps in another order
             checkpoints.compare_classes(model.classes, path, labels.classes)
         model.classes, model.palette = labels.classes, labels.palette
-    model.reading = model.reading._replace(**reading_options(args))
-    return model.place(device).eval(), path, checkpoint.get("val_data")
+    model.reading = model.reading._replace(**flags.reading_options(args))
+    trained = {"flags": training_flags(checkpoint), "val_data": checkpoint.get("val_data")}
+    return model.place(device).eval(), path, trained
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def validate(
         for buffer in model.buffers():  # BatchNorm's statistics, which CPUs do not share in training
             dist.broadcast(buffer, 0)
     samples = args.samples if args.tensorboard else 0
-    inference = Inference(**inference_options(args))
+    inference = Inference(**flags.inference_options(args))
     torch.backends.cudnn.benchmark = len(dataset.eval_shapes(inference.images)) <= FEW_SHAPES
     try:
         result, details = evaluate(model.fuse(), dataset, device, inference, args.workers, samples)
@@ -305,11 +306,12 @@ def open_run(
 ) -> tuple[Run, Training, TrainBatches, nn.Module, SegmentationDataset, SegmentationDataset]:
     """What a run of --train is made of: its names, state, batches, loss, and the sets to train on and to
     validate. Raises UserError if one of them cannot be had."""
-    options, initial, reading = model_options(args), args.init and checkpoints.read(args.init), AS_STORED
+    options, reading = flags.model_options(args), AS_STORED
+    initial = args.init and checkpoints.read(args.init)
     if initial:  # which tells what the flags do not
         options = {**checkpoints.model_config(initial, args.init), **options}
         reading = checkpoints.reading(initial, args.init)
-    given = reading_options(args)
+    given = flags.reading_options(args)
     kept = [key for key in ("value_range", "bands") if getattr(reading, key) and key not in given]
     if kept:
         known = " ".join(f"--{key} {reading.words(key)}" for key in kept)
@@ -407,10 +409,10 @@ def print_end(run: Run, state: Training, device: torch.device) -> None:
 
 def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     """The command without --train: load the checkpoint, evaluate, print and write the results."""
-    model, path, val_data = open_model(args, device)
+    model, path, trained = open_model(args, device)
     dataset = open_dataset(args, args.split, model.reading)
     dataset.stride = model.padded_stride
-    inference = Inference(**inference_options(args))
+    inference = Inference(**flags.inference_options(args))
     if len(model.classes) != len(dataset.classes):
         counts = f"{len(model.classes)} classes, but --dataset {args.dataset} has {len(dataset.classes)}"
         raise UserError(f"{path} was trained with {counts}: name its own by --dataset and --data_root")
@@ -420,7 +422,7 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
     data = dataset.fingerprint()
-    if args.split == "val" and val_data not in (None, data):
+    if args.split == "val" and trained["val_data"] not in (None, data):
         print(f"{path} was validated on other images or masks: it may have been trained on some of these")
     model, folder = model.fuse(), results_folder(path, args.split, vars(args), data)
     with ExitStack() as stack:
@@ -434,8 +436,8 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
         result, details = evaluate(model, dataset, device, inference, args.workers, args.samples, folder)
     if RANK:
         return
-    flags = {**vars(args), "data_root": os.path.abspath(args.data_root)}  # data/ may be a link
-    about = {"checkpoint": path, "model": model.config, "flags": flags, "data": data}
+    about = {"checkpoint": path, "model": model.config, "flags": flags.evaluation_flags(args), "data": data}
+    about["training"] = trained["flags"]
     print_left_over(folder, details)
     if not dataset.has_masks:
         save_json(f"{folder}/metrics.json", about)  # whose predictions these are
@@ -451,7 +453,7 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
     """The command with --predict: a mask and an overlay for each image. Returns how many failed."""
     files = image_files(args.predict, args.out)
     model, *_ = open_model(args, device)
-    inference = Inference(**inference_options(args))
+    inference = Inference(**flags.inference_options(args))
     with locked_folder(args.out):
         failed = predict_files(model.fuse(), files, args.out, inference, args.confidence)
     print(f"{len(files) - failed} of {len(files)} images: masks, overlays, predictions.csv are in {args.out}")
@@ -478,10 +480,11 @@ def run(args: argparse.Namespace) -> int:
         download_all(args.download, args.url)
         return 0
     if args.convert:
-        convert(**convert_options(args))
+        convert(**flags.convert_options(args))
         return 0
     if args.check:
-        splits, reading = list(dict.fromkeys(("train", "val", args.split))), Reading(**reading_options(args))
+        splits = list(dict.fromkeys(("train", "val", args.split)))
+        reading = Reading(**flags.reading_options(args))
         return int(check(args.dataset, args.data_root, splits, reading) > 0)
     if args.export:
         run_export(args)

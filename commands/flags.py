@@ -261,6 +261,14 @@ def inference_options(args: argparse.Namespace) -> dict:
     }
 
 
+def evaluation_flags(args: argparse.Namespace) -> dict:
+    """The flags that an evaluation goes by, for its results to tell; others are of training."""
+    keys = ["exp", "epochs", "best", "checkpoint", "dataset", "split", "value_range", "bands", "max_pixels"]
+    keys += ["skip_bad", "output_stride", "eval_batch_size", "tile", "overlap", "scales", "flip", "amp"]
+    flags = {key: getattr(args, key) for key in [*keys, "compile", "device", "gpu"]}
+    return {**flags, "data_root": os.path.abspath(args.data_root)}  # data/ may be a link
+
+
 def reading_options(args: argparse.Namespace) -> dict:
     """The fields of `files.images.Reading` that the flags give; a checkpoint tells the others."""
     given = {"value_range": args.value_range, "bands": args.bands}

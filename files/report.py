@@ -71,7 +71,9 @@ def save_evaluation(
         ("F1 (Dice)", result["f1"], "harmonic mean of precision and recall"),
         ("share of pixels", (confusion.sum(1) / max(1, confusion.sum())).tolist(), "of all labelled pixels"),
     ]
-    given = {f"--{name}": value for name, value in flags.items() if value is not None and value is not False}
+    given = {f"--{name}": value for name, value in flags.items()}
+    given |= {f"trained with --{name}": value for name, value in about["training"].items()}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     means = [
         ("Mean IoU", "mean_iou"),
         ("Pixel accuracy", "pixel_accuracy"),

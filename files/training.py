@@ -200,6 +200,13 @@ class Training:
             self.optimizer.state[parameter]["momentum_buffer"] = momentum
 
 
+def training_flags(checkpoint: dict) -> dict:
+    """The flags that a checkpoint was trained with, as far as it tells; of a resumed run the last ones."""
+    flags = checkpoint.get("flags", {})
+    keys = [*RUN_FLAGS[: -len(VALIDATION_FLAGS)], "init", "scratch"]
+    return {key: flags[key] for key in keys if key in flags}
+
+
 def find_best(validations: dict[int, float]) -> Best | None:
     """The first of the best validations, if there is one."""
     found = (Best(*item) for item in sorted(validations.items()))

@@ -62,7 +62,7 @@ def test_train_evaluate_and_the_files_they_write(cli, small, tmp_path):
     assert printed["Mean IoU"] == f"{100 * result['mean_iou']:.2f}"
     assert set(result) == {
         *("mean_iou", "iou", "precision", "recall", "f1", "pixel_accuracy", "mean_accuracy"),
-        *("confusion", "checkpoint", "model", "flags", "data"),
+        *("confusion", "checkpoint", "model", "flags", "training", "data"),
     }
     # The pictures hold the predictions that were counted, at the images' own sizes.
     confusion = np.zeros((3, 3), int)

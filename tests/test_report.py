@@ -168,6 +168,23 @@ def evaluation(tmp_path_factory):
     return (folder / "data/val" / checkpoint.stem).rename(folder / "moved"), root
 
 
+def test_page_tells_the_flags_of_the_training_not_their_defaults(cli, trained, tmp_path):
+    checkpoint, root = trained
+    assert cli("--checkpoint", checkpoint, "--dataset", "custom", "--data_root", root)[0] == 0
+    folder = tmp_path / "data/val" / checkpoint.stem
+    about = dict(page_data(folder / "report.html")["about"])
+    for name, value in {
+        "crop_size": 65,
+        "epochs": 20,
+        "base_lr": 0.02,
+        "batch_size": 4,
+        "scratch": True,
+    }.items():
+        assert about[f"trained with --{name}"] == str(value) and f"--{name}" not in about
+    told = json.loads((folder / "metrics.json").read_text())
+    assert told["training"]["crop_size"] == 65 and "crop_size" not in told["flags"]
+
+
 def test_page_of_an_evaluation(evaluation):
     """Its counts are those of the files; all that it shows lies beside it."""
     folder, root = evaluation
