@@ -184,6 +184,8 @@ def make_batches(
         reason = reason if smallest > WORLD else "a batch needs an image for each process"
         raise UserError(f"{reason} ({given}): {hint}")
     batches = TrainBatches(length, args.batch_size, args.epochs, args.seed, smallest, RANK, WORLD)
+    if length < args.batch_size:
+        print(f"--batch_size {args.batch_size}: a batch has the {length} images that there are")
     if (left := length - batches.per_epoch * args.batch_size) > 0:
         print(f"each epoch leaves out {left} images, others each time: too few for a batch")
     return batches
