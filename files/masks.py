@@ -34,7 +34,6 @@ class Labels:
         colors: the class of each colour (r, g, b) in an RGB mask.
         source: the file that says so, for messages.
         others_ignored: any other value is ignored, too, instead of being an error.
-        explicit: somebody wrote the values.
     """
 
     def __init__(
@@ -45,10 +44,9 @@ class Labels:
         colors: dict[tuple[int, int, int], int] | None = None,
         source: str | None = None,
         others_ignored: bool = False,
-        explicit: bool = False,
     ):
         self.classes, self.palette, self.source = classes, palette, source
-        self.others_ignored, self.explicit = others_ignored, explicit
+        self.others_ignored = others_ignored
         values = {i: i for i in range(len(classes))} if values is None else values
         self.ignored_by_default = IGNORE_INDEX not in values  # not because somebody wrote it
         self.values = {IGNORE_INDEX: IGNORE_INDEX, **values}
@@ -106,34 +104,31 @@ class Labels:
 
     def named_in(self, picture: Image.Image, path: str) -> np.ndarray | None:
         """The label of each value of a palette mask that says what they are, as predictions do: these are
-        numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask, or
-        where classes.txt gives values and lacks such a name. Raises UserError if it lacks one otherwise."""
+        numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask. Raises
+        UserError if it has a class that is none here, or something else than it says."""
         try:
-            names, colors = json.loads(picture.info.get(NAMES, ""))
+            names, colors = map(list, json.loads(picture.info.get(NAMES, "")))
             palette = np.reshape(picture.getpalette("RGB"), (-1, 3)).tolist()
-            same = palette[: len(names)] == colors
         except (TypeError, ValueError):
             return None
         used = [i for _, i in picture.getcolors()]
         named = {i: names[i] for i in used if i < len(names)}
-        if not same:  # what makes PNGs smaller keeps the text, but numbers the palette anew
-            there = [i for i in used if i < len(palette) and colors.count(palette[i]) == 1]
-            named = {i: names[colors.index(palette[i])] for i in there}
-            if len(named) < len(used):
-                return None
-        if unknown := [(i, name) for i, name in named.items() if name not in self.classes]:
-            if self.explicit:
-                return None
-            i, name = unknown[0]
-            found = f"it says that {i} is {name!r}, which {self.source or 'this data set'} does not name"
-            raise UserError(f"{path}: {found}: name it so, or give all classes their values, `NAME = {i}`")
+        if palette[: len(names)] != colors:  # what makes PNGs smaller numbers it anew, and keeps the text
+            if not all(i < len(palette) and colors.count(palette[i]) == 1 for i in used):
+                found = "its palette has not the colours that the text in it gives to the classes"
+                raise UserError(f"{path}: {found}: use the file as --predict has written it")
+            named = {i: names[colors.index(palette[i])] for i in used}
+        for i, name in named.items():
+            if name not in self.classes:
+                found = f"it says that {i} is {name!r}, which {self.source or 'this data set'} does not name"
+                raise UserError(f"{path}: {found}: name it so, or save it as grey")
         labels = {i: self.classes.index(name) for i, name in named.items()}
-        painted = [i for i in used if i not in named and self.values.get(i) != IGNORE_INDEX]
-        if painted:
-            if all(self.values.get(i) == label for i, label in labels.items()):
-                return None
-            found = f"{path}: {painted[0]} is none of the classes that it names in its text"
-            raise UserError(f"{found}, and {self.source or 'this data set'} numbers those in another way")
+        for i in used:
+            if i not in named and self.values.get(i) != IGNORE_INDEX:  # painted in later
+                if all(self.values.get(i) == label for i, label in labels.items()):
+                    return None
+                found = f"{path}: {i} is none of the classes that it names in its text"
+                raise UserError(f"{found}, and {self.source or 'this data set'} numbers those in another way")
         table = np.full(256, IGNORE_INDEX, np.uint8)
         table[[*labels]] = [*labels.values()]
         return table
@@ -308,8 +303,7 @@ def read_classes(path: str) -> Labels:
         raise UserError(f"{path} names one class, {names[0]!r}, and nothing to tell it from: {hint}")
     if not explicit:
         check_numbering(path, names, bool(colors))
-    colors = colors if distinct else {}
-    return Labels(names, palette[: len(names)], values, colors, path, explicit=bool(explicit))
+    return Labels(names, palette[: len(names)], values, colors if distinct else {}, path)
 
 
 def check_numbering(path: str, names: list[str], colored: bool) -> None:

@@ -207,6 +207,7 @@ class RunLog:
         some that the other lacks."""
         training, own, others, last = self.training, ("", self.training.val_set), {}, ""
         for row in (row for row in rows if row["val_mean_iou"]):
+            row["val_set"] = row["val_set"] or training.val_set_before  # of an earlier version
             epoch, value, last = row["epoch"], float(row["val_mean_iou"]), row["val_set"]
             if last in own:
                 training.note_validation(epoch, value)

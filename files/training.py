@@ -56,6 +56,7 @@ class Training:
         saved: the same as the newest checkpoint was written.
         validations: the mean IoU after each epoch that was validated.
         others: the same before other images, masks or flags of validation came: these do not compare.
+        val_set_before: the `val_set` of the checkpoint that the run continues.
         kept: the best epochs of all such.
         offset: the number of steps that were taken is so much higher than `iteration`, since an epoch had
             another number of iterations.
@@ -76,6 +77,7 @@ class Training:
     saved: int = 0
     validations: dict[int, float] = field(default_factory=dict)
     others: dict[int, float] = field(default_factory=dict)
+    val_set_before: str = ""
     kept: set[int] = field(default_factory=set)
     offset: int = 0
     resumed: Resumed | None = None
@@ -160,10 +162,13 @@ class Training:
             self.validations = {int(epoch): float(value) for epoch, value in validations.items()}
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
+        # What it began with stays, whatever the flags now say.
+        self.flags = self.flags | {key: flags[key] for key in ("init", "scratch") if key in flags}
         if changed:
             shown = ", ".join(f"--{key} {flags[key]} to {self.flags[key]}" for key in changed)
             print(f"the run continues with other flags: {shown}")
-        if self.validations and checkpoint.get("val_set", self.val_set) != self.val_set:
+        self.val_set_before = checkpoint.get("val_set", self.val_set)
+        if self.validations and self.val_set_before != self.val_set:
             self.others, self.validations = self.validations, {}
         now = torch.get_num_threads()
         before = checkpoint.get("threads", now)

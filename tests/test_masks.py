@@ -206,7 +206,6 @@ def test_palettes(tmp_path, classes, colors, labels):
         ("ignore = 0\na = 1\nb = 2\nc = 3\n", [0, 1, 2]),  # as the masks were that it was trained on
         ("c\na\nx\nb\n", [1, 3, 0]),
         ("a 0 0 0\nb 9 9 9\nc 1 2 3\n", [0, 1, 2]),  # other colours than at the time
-        ("ignore = 0\nd = 1\ne = 2\n", [255, 0, 1]),  # by hand for these masks: they go by value, as all do
     ],
 )
 def test_predictions_that_become_masks(tmp_path, classes, expected):
@@ -225,7 +224,10 @@ def prediction(tmp_path, pixels):
     return Image.open(path)
 
 
-@pytest.mark.parametrize("classes", ["d\ne\nf\n", "a\nc\nx\n", "a\nx\n", "a 0 0 0\nc 9 9 9\nx 1 2 3\n"])
+@pytest.mark.parametrize(
+    "classes",
+    ["d\ne\nf\n", "a\nc\nx\n", "a\nx\n", "a 0 0 0\nc 9 9 9\nx 1 2 3\n", "ignore = 0\na = 1\nc = 2 3\n"],
+)
 def test_prediction_of_a_class_that_is_not_there(tmp_path, classes):
     """Its numbers are another model's."""
     (tmp_path / "classes.txt").write_text(classes)
@@ -257,6 +259,16 @@ def test_prediction_that_an_optimiser_has_renumbered(tmp_path):
     picture.info["classes"] = text
     for colors in (None, {(0, 0, 0): 0, (9, 9, 9): 1, (1, 2, 3): 2}):
         assert Labels(classes, palette, colors=colors).read(picture, "m.png").tolist() == [[0, 2, 2]]
+
+
+def test_prediction_whose_palette_is_not_that_of_its_text(tmp_path):
+    """Its numbers may be anything."""
+    mask = prediction(tmp_path, [0, 1, 2])
+    mask.putpalette([0, 0, 0, 1, 2, 3, 255, 255, 255])
+    with pytest.raises(
+        UserError, match="m.png: its palette has not the colours.*as --predict has written it"
+    ):
+        Labels([*"abc"], voc_palette(3)).read(mask, "m.png")
 
 
 def test_palette_that_contradicts_the_classes(tmp_path):

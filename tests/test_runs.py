@@ -343,6 +343,28 @@ def test_keep_leaves_the_best_of_validations_that_do_not_compare(cli, smallest, 
     assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 3, 5]
 
 
+def test_validations_in_a_log_without_what_tells_them_are_those_of_the_checkpoint(cli, smallest, monkeypatch):
+    validations(monkeypatch, [0.9, 0.2, 0.3])
+    flags = ["--train", "--exp", "x", *smallest, "--save_every", 1, "--resume", "auto", "--keep", 1]
+    assert cli(*flags, "--epochs", 1)[0] == 0
+    rows = [line.rsplit(",", 1)[0] for line in Path(LOG).read_text().splitlines()]  # of an earlier version
+    Path(LOG).write_text("\n".join([*rows, ""]))
+    status, out, _ = cli(*flags, "--epochs", 3, "--flip")
+    assert status == 0 and "the mean IoUs before do not count any more" in out
+    assert [saved.epoch for saved in Run("tiny", "custom", "x").saved()] == [1, 3]
+    assert find_checkpoint("tiny", "custom", "x", None, best=True) == f"{STEM}3.pth"
+
+
+def test_resumed_run_tells_what_it_began_with(cli, smallest):
+    flags = ["--train", *smallest, "--save_every", 1, "--exp"]
+    assert cli(*flags, "a", "--epochs", 1)[0] == 0
+    init, flags = f"data/{NAME[:-1]}a_epoch1.pth", [*flags, "x"]
+    assert cli(*flags, "--epochs", 1, "--init", init)[0] == 0
+    assert cli(*flags, "--epochs", 2, "--resume", "auto")[0] == 0
+    told = torch.load(f"{STEM}2.pth", weights_only=True)["flags"]
+    assert told["init"] == init and told["epochs"] == 2
+
+
 def test_first_validation_that_does_not_compare_is_told(cli, smallest, monkeypatch):
     """Its checkpoint was saved before it: the log alone has it."""
     validations(monkeypatch, [0.9, 0.2])
