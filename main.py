@@ -59,8 +59,9 @@ from datasets import SegmentationDataset, TrainBatches
 from deeplab import DeepLabv3, Inference
 from files import checkpoints, pictures
 from files.images import AS_STORED, Reading
+from files.lists import image_ids
 from files.runs import Run, RunLog, backbones, find_checkpoint, until_stopped
-from files.training import Training, training_flags
+from files.training import Training, trained_on, training_flags
 from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
 
@@ -83,7 +84,7 @@ def open_dataset(args: argparse.Namespace, split: str, reading: Reading) -> Segm
 
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv3, str, dict]:
     """The model to evaluate or to predict with, the path of its checkpoint, which tells what it holds, and
-    of its training the `flags`, and what it was validated on, see `Training.val_data`.
+    of its training the `flags` and, as `Training` has them, `val_data` and `trained_on`.
 
     A published one has the weights alone: the flags and their defaults tell the rest, --dataset the classes.
     Raises UserError if there is no such checkpoint, or it is of another model."""
@@ -103,7 +104,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[DeepLabv
         model.classes, model.palette = labels.classes, labels.palette
     model.reading = model.reading._replace(**flags.reading_options(args))
     trained = {"flags": training_flags(checkpoint), "val_data": checkpoint.get("val_data")}
-    return model.place(device).eval(), path, trained
+    return model.place(device).eval(), path, {**trained, "trained_on": trained_on(checkpoint)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -322,13 +323,17 @@ def open_run(
     train_set, val_set = open_dataset(args, "train", reading), open_dataset(args, "val", reading)
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"
     print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")
-    trained_on, validated = ({os.path.normpath(i) for i, _ in d.pairs} for d in (train_set, val_set))
-    if both := trained_on & validated:
+    trained, validated = ({os.path.normpath(i) for i, _ in d.pairs} for d in (train_set, val_set))
+    if both := trained & validated:
         print(f"{len(both)} images to validate are trained on, too, {min(both)} is one")
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
     state = start(args, device, options, initial, run, batches, train_set, val_set.fingerprint())
     val_set.stride = state.model.padded_stride
+    before, ids = state.trained_on | trained_on(initial or {}), image_ids(train_set.pairs)
+    state.trained_on = before | ids
+    if seen := (before - ids) & image_ids(val_set.pairs):
+        print(f"{len(seen)} of the images to validate were trained on before, by --init or in another list")
     return run, state, batches, criterion.to(device), train_set, val_set
 
 
@@ -424,7 +429,9 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
     data = dataset.fingerprint()
-    if args.split == "val" and trained["val_data"] not in (None, data):
+    if args.split != "train" and (seen := image_ids(dataset.pairs) & trained["trained_on"]):
+        print(f"{path} was trained on {len(seen)} of these {len(dataset)} images")
+    elif args.split == "val" and trained["val_data"] not in (None, data):
         print(f"{path} was validated on other images or masks: it may have been trained on some of these")
     model, folder = model.fuse(), results_folder(path, args.split, vars(args), data)
     with ExitStack() as stack:

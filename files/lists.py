@@ -1,5 +1,6 @@
 """Which files are a data set's samples: lists of pairs, and folders whose images and masks have one name."""
 
+import hashlib
 import os
 import re
 import zlib
@@ -161,6 +162,24 @@ def every_fifth(names: Iterable[str]) -> set[str]:
 def photo_of(name: str) -> str:
     """What Roboflow's augmented copies of one photo, x.rf.1 and x.rf.2, have in common."""
     return re.sub(r"\.rf\.\w+$", "", name)
+
+
+def image_ids(pairs: Pairs) -> set[int]:
+    """A number of 64 bits for each image file, of its real path and its length: what tells it from all others
+    on this machine. Raises UserError if one is gone."""
+    folders, found = {}, set()
+    for path, _ in pairs:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)  # takes long
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)
+        try:
+            text = os.fsencode(f"{real} {os.path.getsize(path)}")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        found.add(int.from_bytes(digest, "big", signed=True))
+    return found
 
 
 def existing(path: str) -> str:

@@ -50,6 +50,7 @@ class Training:
         images, per_epoch: length of an epoch in images and in iterations.
         flags: of the run, by name.
         labels: what the pixels of the masks mean.
+        trained_on: the `image_ids` of all images that the weights have been trained on, as far as is known.
         train_data, val_data: what tells the samples to train on, and to validate, from others.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
@@ -78,6 +79,7 @@ class Training:
     validations: dict[int, float] = field(default_factory=dict)
     others: dict[int, float] = field(default_factory=dict)
     val_set_before: str = ""
+    trained_on: set[int] = field(default_factory=set)
     kept: set[int] = field(default_factory=set)
     offset: int = 0
     resumed: Resumed | None = None
@@ -122,6 +124,7 @@ class Training:
             "val_set": self.val_set,
             "train_data": self.train_data,
             "val_data": self.val_data,
+            "trained_on": torch.tensor(sorted(self.trained_on), dtype=torch.int64),
             **checkpoints.model_entries(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -162,6 +165,7 @@ class Training:
             self.validations = {int(epoch): float(value) for epoch, value in validations.items()}
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{path} cannot be resumed, only evaluated: {error}") from error
+        self.trained_on = trained_on(checkpoint)
         # What it began with stays, whatever the flags now say.
         self.flags = self.flags | {key: flags[key] for key in ("init", "scratch") if key in flags}
         if changed:
@@ -210,6 +214,12 @@ def training_flags(checkpoint: dict) -> dict:
     flags = checkpoint.get("flags", {})
     keys = [*RUN_FLAGS[: -len(VALIDATION_FLAGS)], "init", "scratch"]
     return {key: flags[key] for key in keys if key in flags}
+
+
+def trained_on(checkpoint: dict) -> set[int]:
+    """The `image_ids` of what a checkpoint was trained on, as far as it tells."""
+    found = checkpoint.get("trained_on")
+    return set(found.tolist()) if isinstance(found, torch.Tensor) else set()
 
 
 def find_best(validations: dict[int, float]) -> Best | None:

@@ -584,6 +584,33 @@ def test_results_on_other_samples_are_told(cli, smallest, tmp_path):
     assert "replaces the results in data/val/deeplab_tiny_custom_v3_x_epoch1, on other images or masks" in out
 
 
+def test_images_that_were_trained_on_are_told(cli, smallest, tmp_path):
+    """As folds of a cross-validation are mixed up, in validation and test, also by --init and by links."""
+    root, flags = smallest[3], [*smallest, "--save_every", 1]
+    assert cli("--train", "--exp", "a", *flags, "--epochs", 1)[0] == 0
+    train, val = (root / f"list/{name}.txt" for name in ("train", "val"))
+    texts = train.read_text().splitlines(True), val.read_text().splitlines(True)
+    train.write_text("".join(texts[1] + texts[0][:1]))
+    val.write_text("".join(texts[0][1:5]))
+    (root / "list/test.txt").write_text("".join(texts[0][2:4] + texts[1][:1]))
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    for folder in (root, linked):
+        flags[flags.index("--data_root") + 1] = folder
+        found = cli("--exp", "a", *flags)[1]
+        assert "_a_epoch1.pth was trained on 4 of these 4 images" in found
+        assert (
+            "_a_epoch1.pth was trained on 2 of these 3 images"
+            in cli("--exp", "a", *flags, "--split", "test")[1]
+        )
+    init = tmp_path / "data/deeplab_tiny_custom_v3_a_epoch1.pth"
+    told = "4 of the images to validate were trained on before"
+    assert told in cli("--train", "--exp", "b", *flags, "--epochs", 1, "--init", init)[1]
+    assert told in cli("--train", "--exp", "b", *flags, "--epochs", 2, "--resume", "auto")[1]
+    assert "was trained on 4 of these 4 images" in cli("--exp", "b", *flags)[1]
+    assert "trained on" not in cli("--exp", "b", *flags, "--split", "train")[1]
+
+
 def test_evaluation_in_python_of_a_set_that_nothing_has_looked_at(smallest):
     dataset = ListSegmentation(smallest[3], "val")
     with pytest.raises(ValueError, match="commands.check.prepare comes first"):
