@@ -26,7 +26,7 @@ from files.images import (
 from files.masks import COLOR_MODES
 from files.pictures import sample_row, sample_sheet, save_image
 from files.pixels import decode, is_flat, value_range
-from files.ranges import Values, lost_values, needed_range, needs_range, range_fault, span
+from files.ranges import Values, lost_values, narrow_note, needed_range, needs_range, range_fault, span
 from files.report import Card, data_name, files_folder, save_page, save_preview
 from utils import IGNORE_INDEX, UserError, ahead, percent, progress
 
@@ -150,12 +150,14 @@ def prepare(dataset: SegmentationDataset, split: str, skip_bad: bool, resumes: b
         if (split == "train" and not resumes) or {*values} != {"uint16"}:
             raise UserError(fault)
         print(fault)
+    elif note := narrow_note(values):
+        print(note)
 
 
 def read_values(dataset: SegmentationDataset) -> Values:
-    """What the images hold that may need --value_range, see `range_fault`; those of 16 bits, up to
-    `IMAGES_LIMIT` of them, are looked at until it is clear that they do not. Raises UserError if an image
-    cannot be read; Stopped if a stop signal has come."""
+    """What the images hold that may need --value_range, see `range_fault`. Of those of 16 bits a quarter of
+    `IMAGES_LIMIT` are looked at, and up to all of it until it is clear that they do not. Raises UserError if
+    an image cannot be read; Stopped if a stop signal has come."""
     kinds = [header.kind for header in dataset.headers]
     others = [index for index, kind in enumerate(kinds) if kind not in ("uint8", "uint16")]
     deep = spread([index for index, kind in enumerate(kinds) if kind == "uint16"])
@@ -165,7 +167,8 @@ def read_values(dataset: SegmentationDataset) -> Values:
             if isinstance(found, UserError):
                 raise found
             values.setdefault(found.header.kind, []).append(found.values)
-            if indices is deep and not needs_range(values["uint16"], len(deep)):
+            few = indices is others or len(values["uint16"]) < IMAGES_LIMIT // 4
+            if not few and not needs_range(values["uint16"], len(deep)):
                 break
     return values
 
@@ -335,6 +338,8 @@ class Split:
             line += "\n{}: {} images of {}, {:.6g} to {:.6g}".format(
                 self.name, len(values), kind, *span(values)
             )
+        if note := narrow_note(self.values):
+            line += f"\n{self.name}: {note}"
         if self.cut:
             line += f"\n{self.name}: {self.cut} JPEGs lack their end, but no pixel: they are used"
         if self.frames:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from files.pictures import add_legend, overlay, save_image, save_mask
 from files.pixels import decode, enlarge, is_flat, read_image, shrink, to_array
 from files.tiles import windows
 from files.whole import free_name, read_csv, save_csv
-from utils import UserError, ahead, end_if_stopped, progress
+from utils import Stopped, UserError, ahead, end_if_stopped, progress
 
 PIXELS_AHEAD = 2**26  # that are read before their turn, or wait to be written
 # An overlay with more pixels, or with a longer side, which JPEG cannot have, is reduced.
@@ -173,14 +174,10 @@ def predict_files(
         rows[index] = [os.path.abspath(files[index]), f"{names[index]}_mask.png", *shares]
         return None
 
-    rows = {}
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            written = ahead(pool, write, predicted(), limit)
-            for error in filter(None, progress(written, "predicting", len(files))):
-                print(f"main.py: error: {error}", file=sys.stderr)
-    finally:  # the masks of a prediction that was stopped have rows, too
-        save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
+    with recorded(out, header, earlier, names) as rows, ThreadPoolExecutor(workers) as pool:
+        written = ahead(pool, write, predicted(), limit)
+        for error in filter(None, progress(written, "predicting", len(files))):
+            print(f"main.py: error: {error}", file=sys.stderr)
     print_notes(notes, inference)
     return len(files) - len(rows)
 
@@ -234,6 +231,26 @@ def result_names(files: Sequence[str], earlier: list[list[str]], out: str) -> li
         there = len(earlier) - 1 - again
         print(f"replaces {again} masks in {out}; {max(0, there)} others of earlier predictions stay there")
     return [names[file] for file in files]
+
+
+@contextmanager
+def recorded(
+    out: str, header: list[str], earlier: list[list[str]], names: Sequence[str]
+) -> Iterator[dict[int, list[str]]]:
+    """Write the rows that this context fills in, by number of file, to predictions.csv, also of a prediction
+    that was stopped. In it the shares of masks that are about to be replaced are empty: a kill would leave
+    them beside other masks. Raises Stopped with the count."""
+    replaced = {f"{name}_mask.png" for name in names}
+    emptied = [[*row[:2], *[""] * len(row[2:])] if row[1] in replaced else row for row in earlier[1:]]
+    if emptied != earlier[1:]:
+        save_csv(f"{out}/predictions.csv", [earlier[0], *emptied])
+    rows = {}
+    try:
+        yield rows
+    except Stopped:
+        raise Stopped(f"{len(rows)} of {len(names)} images are predicted") from None
+    finally:
+        save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
 
 
 def save_rows(out: str, header: list[str], earlier: list[list[str]], rows: list[list[str]]) -> None:

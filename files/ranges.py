@@ -50,3 +50,16 @@ def range_fault(values: Values) -> str | None:
         shown.append("{} images of {} hold {:.6g} to {:.6g}".format(count, kind, *span(found)))
     hint = "--value_range {:.6g} {:.6g} makes these black and white".format(*value_range)
     return f"{' and '.join(shown)}, which as 8 bits would be lost: {hint}"
+
+
+def narrow_note(values: Values) -> str | None:
+    """What to tell of images of 16 bits, if 8 bits would lose the values of some, but the set needs no range;
+    None if there are none."""
+    found = values.get("uint16", [])
+    narrow = [(low, high) for low, high in found if high - low < NARROW]
+    if not narrow or needs_range(found):
+        return None
+    hold = "{} of {} images of uint16 that were looked at hold {:.6g} to {:.6g}".format(
+        len(narrow), len(found), *span(narrow)
+    )
+    return f"{hold}, and are nearly of one grey for the network, as the others are not: see --value_range"

@@ -506,7 +506,9 @@ def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path
 
     monkeypatch.setattr(prediction, "predict_batch", stop)
     status, _, err = cli("--predict", "*.png", "--checkpoint", trained[0], "--out", "out")
-    assert status == 128 + signal.SIGTERM and "stopped by SIGTERM" in err
+    assert status == 128 + signal.SIGTERM and re.search(
+        r"stopped by SIGTERM; \d\d of 40 images are pred", err
+    )
     rows = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))[1:]
     assert 0 < len(rows) < 40 and all((tmp_path / "out" / mask).exists() for _, mask, *_ in rows)
     assert len(rows) >= 30 - 6  # eval_batch_size 4 are written meanwhile
@@ -514,6 +516,22 @@ def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path
     assert {mask for _, mask, *_ in rows} == {path.name for path in (tmp_path / "out").glob("*_mask.png")}
     monkeypatch.setattr(prediction, "predict_batch", predict_batch)
     assert cli("--predict", "*.png", "--checkpoint", trained[0], "--out", "out")[0] == 0
+
+
+def test_killed_prediction_leaves_no_shares_of_the_masks_before(cli, trained, tmp_path, monkeypatch):
+    for name in "abc":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    flags = ["--checkpoint", trained[0], "--out", "out"]
+    assert cli("--predict", "a.png", "b.png", "c.png", *flags)[0] == 0
+    before = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "save_rows", lambda *_: None)  # not reached
+        assert cli("--predict", "a.png", "b.png", *flags)[0] == 0
+    found = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    assert found == [before[0], *([*row[:2], "", "", ""] for row in before[1:3]), before[3]]
+    assert cli("--predict", "a.png", "b.png", *flags)[0] == 0
+    found = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    assert sorted(found) == sorted(before)
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
