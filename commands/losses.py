@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from commands.check import count_labels, median_frequency
+from commands.check import check_ignored, check_learnable, count_labels, median_frequency
 from datasets import SegmentationDataset
 from utils import IGNORE_INDEX, RANK, WORLD, UserError
 
@@ -111,7 +111,8 @@ class WithDice(nn.Module):
 
 def class_weights(given: Sequence[str] | None, dataset: SegmentationDataset) -> Tensor | None:
     """The weights of the classes (num_classes,) that --class_weights gives; for "auto" the pixels of all
-    masks are counted. Raises UserError if there is not a weight for each class."""
+    masks are counted. Raises UserError if there is not a weight for each class, or as `check.check_ignored`
+    and `check.check_learnable` where the counts tell."""
     if not given:
         return None
     weights, classes = given, dataset.classes
@@ -119,6 +120,8 @@ def class_weights(given: Sequence[str] | None, dataset: SegmentationDataset) -> 
         counts = count_labels(dataset, range(len(dataset))[RANK::WORLD], "counting pixels")
         if WORLD > 1:
             dist.all_reduce(torch.from_numpy(counts))
+        check_ignored(dataset, counts[0])
+        check_learnable(dataset, "train", counts[0])
         weights = median_frequency(counts, len(classes))
     if len(weights) != len(classes):
         found = f"--class_weights has {len(weights)} numbers for {len(classes)} classes"

@@ -145,6 +145,15 @@ def test_class_weights(cli, small, tmp_path, monkeypatch):
     status, _, err = cli(*flags, "--class_weights", 1, 1)
     assert status == 1 and one_line(err) and "2 numbers for 3 classes: a, b, c" in err
 
+    # Counting all masks shows what a look at some of them, before that, can miss.
+    monkeypatch.setattr("commands.check.MASKS_LIMIT", 1)
+    for i in range(6):
+        Image.fromarray(np.full((60, 80), 255 * (i == 3), np.uint8)).save(
+            tmp_path / f"set/masks/train{i}.png"
+        )
+    status, _, err = cli(*flags, "--class_weights", "auto")
+    assert status == 1 and one_line(err) and "hold only 'a' and 255" in err and "write `b = 255`" in err
+
 
 def test_loss_that_is_not_finite_ends_the_run(cli, small, tmp_path):
     small += ASPP
