@@ -61,7 +61,7 @@ from files import checkpoints, pictures
 from files.images import AS_STORED, Reading
 from files.lists import image_ids
 from files.runs import Run, RunLog, backbones, find_checkpoint, until_stopped
-from files.training import Training, trained_on, training_flags
+from files.training import Training, to_tensor, trained_on, training_flags
 from files.whole import locked_folder, save_json, write_whole
 from utils import RANK, WORLD, Stopped, UserError, percent
 
@@ -323,16 +323,17 @@ def open_run(
     train_set, val_set = open_dataset(args, "train", reading), open_dataset(args, "val", reading)
     counts = f"{len(train_set)} images to train on, {len(val_set)} to validate"
     print(f"{counts}, {len(train_set.classes)} classes, base learning rate {args.base_lr:.3g}")
-    trained, validated = ({os.path.normpath(i) for i, _ in d.pairs} for d in (train_set, val_set))
-    if both := trained & validated:
-        print(f"{len(both)} images to validate are trained on, too, {min(both)} is one")
+    ids, val_ids = image_ids(train_set.pairs), image_ids(val_set.pairs)
+    if both := ids.keys() & val_ids.keys():
+        example = min(val_ids[number] for number in both)
+        print(f"{len(both)} images to validate are trained on, too, {example} is one")
     batches = make_batches(args, device, len(train_set), options.get("num_groups"))
     run, criterion = Run(options["backbone"], args.dataset, args.exp), make_criterion(args, train_set)
     state = start(args, device, options, initial, run, batches, train_set, val_set.fingerprint())
     val_set.stride = state.model.padded_stride
-    before, ids = state.trained_on | trained_on(initial or {}), image_ids(train_set.pairs)
-    state.trained_on = before | ids
-    if seen := (before - ids) & image_ids(val_set.pairs):
+    before = state.trained_on | trained_on(initial or {})
+    state.trained_on = before | ids.keys()
+    if seen := (before & val_ids.keys()) - ids.keys():
         print(f"{len(seen)} of the images to validate were trained on before, by --init or in another list")
     return run, state, batches, criterion.to(device), train_set, val_set
 
@@ -429,9 +430,9 @@ def run_evaluation(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile and shapes > FEW_SHAPES:
         raise UserError(f"--compile would compile for {shapes} sizes of batches, too many: leave it out")
     data = dataset.fingerprint()
-    if args.split != "train" and (seen := image_ids(dataset.pairs) & trained["trained_on"]):
-        print(f"{path} was trained on {len(seen)} of these {len(dataset)} images")
-    elif args.split == "val" and trained["val_data"] not in (None, data):
+    if args.split != "train" and (seen := image_ids(dataset.pairs).keys() & trained["trained_on"]):
+        print(f"{path} was trained on at least {len(seen)} of these {len(dataset)} images")
+    if args.split == "val" and trained["val_data"] not in (None, data):
         print(f"{path} was validated on other images or masks: it may have been trained on some of these")
     model, folder = model.fuse(), results_folder(path, args.split, vars(args), data)
     with ExitStack() as stack:
@@ -472,9 +473,10 @@ def run_prediction(args: argparse.Namespace, device: torch.device) -> int:
 def run_export(args: argparse.Namespace) -> None:
     """The command with --export: the network as it is evaluated, in a file that needs none of this code."""
     ending = check_format(args.export)
-    model, path, _ = open_model(args, torch.device("cpu"))
+    model, path, trained = open_model(args, torch.device("cpu"))
     if ending == ".pth":
-        write_whole(args.export, partial(torch.save, checkpoints.model_entries(model)))
+        entries = checkpoints.model_entries(model) | {"trained_on": to_tensor(trained["trained_on"])}
+        write_whole(args.export, partial(torch.save, entries))
         print(f"{args.export} is written: weights and classes, for --checkpoint, --init and deeplab.load")
         return
     about = {"classes": list(model.classes), "palette": [list(color) for color in model.palette]}

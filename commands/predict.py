@@ -240,29 +240,24 @@ def recorded(
     """Write the rows that this context fills in, by number of file, to predictions.csv, also of a prediction
     that was stopped. In it the shares of masks that are about to be replaced are empty: a kill would leave
     them beside other masks. Raises Stopped with the count."""
-    replaced = {f"{name}_mask.png" for name in names}
-    emptied = [[*row[:2], *[""] * len(row[2:])] if row[1] in replaced else row for row in earlier[1:]]
+    path, replaced = f"{out}/predictions.csv", {f"{name}_mask.png" for name in names}
+    rows, there = {}, earlier[1:]
+    if there and earlier[0] != header:
+        os.rename(path, copy := free_name(f"{path}.old"))
+        print(f"{path} has other columns, of other classes say: it is now {copy}")
+        there = [row for row in there if row[1] in replaced]
+    emptied = [[*row[:2], *[""] * (len(header) - 2)] if row[1] in replaced else row for row in there]
     if emptied != earlier[1:]:
-        save_csv(f"{out}/predictions.csv", [earlier[0], *emptied])
-    rows = {}
+        save_csv(path, [header, *emptied])
     try:
         yield rows
     except Stopped:
         raise Stopped(f"{len(rows)} of {len(names)} images are predicted") from None
     finally:
-        save_rows(out, header, earlier, [rows[index] for index in sorted(rows)])
-
-
-def save_rows(out: str, header: list[str], earlier: list[list[str]], rows: list[list[str]]) -> None:
-    """Write predictions.csv with the rows of earlier masks, too. An earlier file of other classes, whose rows
-    have other columns, is renamed."""
-    path, masks = f"{out}/predictions.csv", {row[1] for row in rows}
-    kept = [row for row in earlier[1:] if row[1] not in masks and os.path.exists(f"{out}/{row[1]}")]
-    if kept and earlier[0] != header:
-        os.rename(path, copy := free_name(f"{path}.old"))
-        print(f"{path} is of other classes: it is now {copy}")
-        kept = []
-    save_csv(path, [header, *kept, *rows])
+        written = {row[1] for row in rows.values()}
+        kept = there if earlier[0] == header else emptied
+        kept = [row for row in kept if row[1] not in written and os.path.exists(f"{out}/{row[1]}")]
+        save_csv(path, [header, *kept, *(rows[index] for index in sorted(rows))])
 
 
 @torch.inference_mode()

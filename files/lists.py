@@ -164,10 +164,10 @@ def photo_of(name: str) -> str:
     return re.sub(r"\.rf\.\w+$", "", name)
 
 
-def image_ids(pairs: Pairs) -> set[int]:
-    """A number of 64 bits for each image file, of its real path and its length: what tells it from all others
-    on this machine. Raises UserError if one is gone."""
-    folders, found = {}, set()
+def image_ids(pairs: Pairs) -> dict[int, str]:
+    """The path of each image, by 64 bits of a hash of its real path and its length, which tell it from all
+    others on this machine. Raises UserError if one is gone."""
+    folders, found = {}, {}
     for path, _ in pairs:
         folder, name = os.path.split(path)
         if folder not in folders:
@@ -178,7 +178,7 @@ def image_ids(pairs: Pairs) -> set[int]:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         digest = hashlib.blake2b(text, digest_size=8).digest()
-        found.add(int.from_bytes(digest, "big", signed=True))
+        found[int.from_bytes(digest, "big", signed=True)] = path
     return found
 
 

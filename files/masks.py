@@ -121,7 +121,7 @@ class Labels:
         for i, name in named.items():
             if name not in self.classes:
                 found = f"it says that {i} is {name!r}, which {self.source or 'this data set'} does not name"
-                raise UserError(f"{path}: {found}: name it so, or save it as grey")
+                raise UserError(f"{path}: {found}: name it so, or save its values as grey")
         labels = {i: self.classes.index(name) for i, name in named.items()}
         for i in used:
             if i not in named and self.values.get(i) != IGNORE_INDEX:  # painted in later

@@ -124,7 +124,7 @@ class Training:
             "val_set": self.val_set,
             "train_data": self.train_data,
             "val_data": self.val_data,
-            "trained_on": torch.tensor(sorted(self.trained_on), dtype=torch.int64),
+            "trained_on": to_tensor(self.trained_on),
             **checkpoints.model_entries(self.model),
             "threads": torch.get_num_threads(),
         }
@@ -220,6 +220,11 @@ def trained_on(checkpoint: dict) -> set[int]:
     """The `image_ids` of what a checkpoint was trained on, as far as it tells."""
     found = checkpoint.get("trained_on")
     return set(found.tolist()) if isinstance(found, torch.Tensor) else set()
+
+
+def to_tensor(ids: set[int]) -> torch.Tensor:
+    """`trained_on` as it stands in files."""
+    return torch.tensor(sorted(ids), dtype=torch.int64)
 
 
 def find_best(validations: dict[int, float]) -> Best | None:

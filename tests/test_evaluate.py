@@ -597,17 +597,24 @@ def test_images_that_were_trained_on_are_told(cli, smallest, tmp_path):
     linked.symlink_to(root)
     for folder in (root, linked):
         flags[flags.index("--data_root") + 1] = folder
-        found = cli("--exp", "a", *flags)[1]
-        assert "_a_epoch1.pth was trained on 4 of these 4 images" in found
-        assert (
-            "_a_epoch1.pth was trained on 2 of these 3 images"
-            in cli("--exp", "a", *flags, "--split", "test")[1]
-        )
+        for split, told in (("val", "4 of these 4 images"), ("test", "2 of these 3 images")):
+            out = cli("--exp", "a", *flags, "--split", split)[1]
+            assert f"_a_epoch1.pth was trained on at least {told}" in out
     init = tmp_path / "data/deeplab_tiny_custom_v3_a_epoch1.pth"
     told = "4 of the images to validate were trained on before"
     assert told in cli("--train", "--exp", "b", *flags, "--epochs", 1, "--init", init)[1]
     assert told in cli("--train", "--exp", "b", *flags, "--epochs", 2, "--resume", "auto")[1]
-    assert "was trained on 4 of these 4 images" in cli("--exp", "b", *flags)[1]
+    assert "was trained on at least 4 of these 4 images" in cli("--exp", "b", *flags)[1]
+    assert cli("--export", "b.pth", "--exp", "b", "--dataset", "custom")[0] == 0
+    assert "b.pth was trained on at least 4 of these 4" in cli("--checkpoint", "b.pth", *flags)[1]
+    for name in ("val0", "train1"):  # links to the same files
+        os.rename(root / f"images/{name}.jpg", root / f"{name}.jpg")
+        (root / f"images/{name}.jpg").symlink_to(root / f"{name}.jpg")
+    shutil.rmtree(tmp_path / "data")
+    (root / "images/other.jpg").symlink_to(root / "val0.jpg")
+    val.write_text(val.read_text() + "/images/other.jpg /masks/val0.png\n")
+    out = cli("--train", "--exp", "c", *flags, "--epochs", 1)[1]
+    assert "1 images to validate are trained on, too" in out and "images/other.jpg is one" in out
     assert "trained on" not in cli("--exp", "b", *flags, "--split", "train")[1]
 
 

@@ -524,14 +524,40 @@ def test_killed_prediction_leaves_no_shares_of_the_masks_before(cli, trained, tm
     flags = ["--checkpoint", trained[0], "--out", "out"]
     assert cli("--predict", "a.png", "b.png", "c.png", *flags)[0] == 0
     before = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+    save_csv, calls = prediction.save_csv, []
+
+    def killed_before_the_second(*args):
+        calls.append(args)
+        return save_csv(*args) if len(calls) == 1 else None
+
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, "save_rows", lambda *_: None)  # not reached
+        patch.setattr(prediction, "save_csv", killed_before_the_second)
         assert cli("--predict", "a.png", "b.png", *flags)[0] == 0
     found = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
     assert found == [before[0], *([*row[:2], "", "", ""] for row in before[1:3]), before[3]]
     assert cli("--predict", "a.png", "b.png", *flags)[0] == 0
     found = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
     assert sorted(found) == sorted(before)
+
+
+def test_rows_of_other_columns_are_kept_as_they_were(cli, trained, tmp_path):
+    """Also where no mask is replaced, as the image is damaged."""
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    flags = ["--predict", "a.png", "b.png", "--checkpoint", trained[0], "--out", "out"]
+    assert cli(*flags)[0] == 0
+    table = tmp_path / "out/predictions.csv"
+    lines = table.read_text().splitlines()
+    edited = "\n".join([f"{lines[0]},note", *(f"{line},good" for line in lines[1:]), ""])
+    table.write_text(edited)
+    (tmp_path / "a.png").write_bytes(b"damaged")
+    status, out, _ = cli(*flags)
+    assert status == 1 and "predictions.csv has other columns" in out
+    assert (tmp_path / "out/predictions.csv.old1").read_text() == edited
+    assert [row.split(",")[1:3] for row in table.read_text().splitlines()[1:]] == [
+        ["a_mask.png", ""],
+        lines[2].split(",")[1:3],
+    ]
 
 
 @pytest.mark.parametrize("evaluates", [False, True])

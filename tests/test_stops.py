@@ -151,6 +151,7 @@ def test_stopped_while_it_waits_for_a_batch_it_saves_what_was_trained(cli, small
     flags = ["--train", "--exp", "x", *smallest, "--batch_size", 2, "--epochs", 2, "--save_every", 2]
     status, _, err = cli(*flags, "--workers", 2)
     assert status == 143 and f"{STEM}1_iter3.pth is saved: the same command with --resume auto" in err
+    assert torch.load(f"{STEM}1_iter3.pth", weights_only=True)["iteration"] == 3
 
 
 def test_worker_killed_for_memory_is_a_line(cli, smallest, monkeypatch):
