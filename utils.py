@@ -132,7 +132,8 @@ def stop_signals() -> Iterator[None]:
     def note(number: int, frame) -> None:
         noted_signals.append(number)
         if hasattr(signal, "SIGCHLD"):  # torch's handler would raise within a step, as soon as a worker ends
-            before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+            earlier = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            before.setdefault(signal.SIGCHLD, earlier or signal.SIG_DFL)
         for worker in multiprocessing.active_children() if hasattr(signal, "SIGCONT") else ():
             os.kill(worker.pid, signal.SIGCONT)  # a process of a loader that is stopped would be waited for
         if len(noted_signals) == 1:
