@@ -174,7 +174,7 @@ def predict_files(
         rows[index] = [os.path.abspath(files[index]), f"{names[index]}_mask.png", *shares]
         return None
 
-    with recorded(out, header, earlier, names) as rows, ThreadPoolExecutor(workers) as pool:
+    with recorded(out, header, earlier, files, names) as rows, ThreadPoolExecutor(workers) as pool:
         written = ahead(pool, write, predicted(), limit)
         for error in filter(None, progress(written, "predicting", len(files))):
             print(f"main.py: error: {error}", file=sys.stderr)
@@ -235,28 +235,27 @@ def result_names(files: Sequence[str], earlier: list[list[str]], out: str) -> li
 
 @contextmanager
 def recorded(
-    out: str, header: list[str], earlier: list[list[str]], names: Sequence[str]
+    out: str, header: list[str], earlier: list[list[str]], files: Sequence[str], names: Sequence[str]
 ) -> Iterator[dict[int, list[str]]]:
     """Write the rows that this context fills in, by number of file, to predictions.csv, also of a prediction
-    that was stopped. In it the shares of masks that are about to be replaced are empty: a kill would leave
-    them beside other masks. Raises Stopped with the count."""
-    path, replaced = f"{out}/predictions.csv", {f"{name}_mask.png" for name in names}
-    rows, there = {}, earlier[1:]
+    that was stopped. Meanwhile the rows of all `files` have no shares there: a kill leaves no mask without a
+    row, nor with the shares of the mask before. Raises Stopped with the count."""
+    path, empty, rows = f"{out}/predictions.csv", [""] * (len(header) - 2), {}
+    masks = {f"{name}_mask.png": file for file, name in zip(files, names, strict=True)}
+    pending = [[os.path.abspath(file), mask, *empty] for mask, file in masks.items()]
+    there = earlier[1:]
     if there and earlier[0] != header:
         os.rename(path, copy := free_name(f"{path}.old"))
         print(f"{path} has other columns, of other classes say: it is now {copy}")
-        there = [row for row in there if row[1] in replaced]
-    emptied = [[*row[:2], *[""] * (len(header) - 2)] if row[1] in replaced else row for row in there]
-    if emptied != earlier[1:]:
-        save_csv(path, [header, *emptied])
+        there = pending
+    save_csv(path, [header, *(row for row in there if row[1] not in masks), *pending])
     try:
         yield rows
     except Stopped:
-        raise Stopped(f"{len(rows)} of {len(names)} images are predicted") from None
+        raise Stopped(f"{len(rows)} of {len(files)} images are predicted") from None
     finally:
-        written = {row[1] for row in rows.values()}
-        kept = there if earlier[0] == header else emptied
-        kept = [row for row in kept if row[1] not in written and os.path.exists(f"{out}/{row[1]}")]
+        done = {row[1] for row in rows.values()}
+        kept = [row for row in there if row[1] not in done and os.path.exists(f"{out}/{row[1]}")]
         save_csv(path, [header, *kept, *(rows[index] for index in sorted(rows))])
 
 

@@ -518,26 +518,31 @@ def test_masks_of_a_prediction_that_was_stopped_have_rows(cli, trained, tmp_path
     assert cli("--predict", "*.png", "--checkpoint", trained[0], "--out", "out")[0] == 0
 
 
-def test_killed_prediction_leaves_no_shares_of_the_masks_before(cli, trained, tmp_path, monkeypatch):
+def test_killed_prediction(cli, trained, tmp_path, monkeypatch):
+    """It leaves no mask without a row, which could not be predicted again, nor with the shares of another."""
     for name in "abc":
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
     flags = ["--checkpoint", trained[0], "--out", "out"]
-    assert cli("--predict", "a.png", "b.png", "c.png", *flags)[0] == 0
-    before = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
     save_csv, calls = prediction.save_csv, []
 
     def killed_before_the_second(*args):
         calls.append(args)
         return save_csv(*args) if len(calls) == 1 else None
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prediction, "save_csv", killed_before_the_second)
-        assert cli("--predict", "a.png", "b.png", *flags)[0] == 0
-    found = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-    assert found == [before[0], *([*row[:2], "", "", ""] for row in before[1:3]), before[3]]
-    assert cli("--predict", "a.png", "b.png", *flags)[0] == 0
-    found = list(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
-    assert sorted(found) == sorted(before)
+    def table():
+        return sorted(csv.reader((tmp_path / "out/predictions.csv").read_text().splitlines()))
+
+    for files in ("ab", "bc"):
+        calls.clear()
+        before = table()[:-1] if files == "bc" else []
+        with monkeypatch.context() as patch:
+            patch.setattr(prediction, "save_csv", killed_before_the_second)
+            assert cli("--predict", *(f"{name}.png" for name in files), *flags)[0] == 0
+        found = table()
+        assert [row[2:] for row in found if row[1][0] in files] == 2 * [["", "", ""]]
+        assert [row for row in found if row[1][0] not in files and row[1] != "mask"] == before[:1]
+        assert cli("--predict", *(f"{name}.png" for name in files), *flags)[0] == 0
+        assert len(table()) == len(found) and all("" not in row for row in table())
 
 
 def test_rows_of_other_columns_are_kept_as_they_were(cli, trained, tmp_path):
