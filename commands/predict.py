@@ -256,6 +256,8 @@ def recorded(
     finally:
         done = {row[1] for row in rows.values()}
         kept = [row for row in there if row[1] not in done and os.path.exists(f"{out}/{row[1]}")]
+        done |= {row[1] for row in kept}  # of one that failed there may be a part
+        kept += [r for r in pending if r[1] not in done and any(map(os.path.exists, results(out, r[1])))]
         save_csv(path, [header, *kept, *(rows[index] for index in sorted(rows))])
 
 

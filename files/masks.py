@@ -107,9 +107,12 @@ class Labels:
         numbers of classes, and perhaps not what classes.txt says of other masks. None of another mask. Raises
         UserError if it has a class that is none here, or something else than it says."""
         try:
-            names, colors = map(list, json.loads(picture.info.get(NAMES, "")))
+            names, colors = json.loads(picture.info.get(NAMES, ""))
+            ours = {*map(type, names)} == {str} and np.shape(colors) == (len(names), 3)
             palette = np.reshape(picture.getpalette("RGB"), (-1, 3)).tolist()
         except (TypeError, ValueError):
+            return None
+        if not ours:  # a text of another program
             return None
         used = [i for _, i in picture.getcolors()]
         named = {i: names[i] for i in used if i < len(names)}

@@ -261,6 +261,15 @@ def test_prediction_that_an_optimiser_has_renumbered(tmp_path):
         assert Labels(classes, palette, colors=colors).read(picture, "m.png").tolist() == [[0, 2, 2]]
 
 
+@pytest.mark.parametrize(
+    "text", ['["a", "b"]', '{"a": 0, "b": 1}', '[[0, "a"], [1, "b"]]', "a, b", "3", "[[], []]"]
+)
+def test_text_of_another_program_means_nothing(tmp_path, text):
+    mask = prediction(tmp_path, [2, 1, 0])
+    mask.info["classes"] = text
+    assert Labels([*"xyz"], voc_palette(3)).read(mask, "m.png").tolist() == [[2, 1, 0]]
+
+
 def test_prediction_whose_palette_is_not_that_of_its_text(tmp_path):
     """Its numbers may be anything."""
     mask = prediction(tmp_path, [0, 1, 2])

@@ -545,6 +545,15 @@ def test_killed_prediction(cli, trained, tmp_path, monkeypatch):
         assert len(table()) == len(found) and all("" not in row for row in table())
 
 
+def test_image_whose_mask_could_not_be_written_is_predicted_again(cli, trained, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / f"{241 * 'x'}.png")  # too long with _confidence.png alone
+    flags = ["--predict", tmp_path, "--checkpoint", trained[0], "--out", "out", "--confidence"]
+    for _ in range(2):
+        status, _, err = cli(*flags)
+        assert status == 1 and one_line(err) and "_confidence.png" in err
+    assert len(list((tmp_path / "out").glob("*_overlay.jpg"))) == 1
+
+
 def test_rows_of_other_columns_are_kept_as_they_were(cli, trained, tmp_path):
     """Also where no mask is replaced, as the image is damaged."""
     for name in "ab":
