@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import processes
@@ -139,15 +140,21 @@ def test_a_long_step_ends_though_its_workers_are_killed(cli, smallest, monkeypat
 
 
 def test_stopped_while_it_waits_for_a_batch_it_saves_what_was_trained(cli, smallest, monkeypatch):
-    timer, load = threading.Timer, SegmentationDataset.__getitem__
+    timer, load, step, taken = threading.Timer, SegmentationDataset.__getitem__, main.train_step, []
 
     def load_slowly(dataset, key):
         time.sleep(60 * key[0])  # all but the first epoch
         return load(dataset, key)
 
+    def last_step(*args, **options):
+        taken.append(1)
+        if len(taken) == 3:
+            timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return step(*args, **options)
+
     monkeypatch.setattr(threading, "Timer", lambda seconds, function: timer(0.1, function))
     monkeypatch.setattr(SegmentationDataset, "__getitem__", load_slowly)
-    timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    monkeypatch.setattr(main, "train_step", last_step)
     flags = ["--train", "--exp", "x", *smallest, "--batch_size", 2, "--epochs", 2, "--save_every", 2]
     status, _, err = cli(*flags, "--workers", 2)
     assert status == 143 and f"{STEM}1_iter3.pth is saved: the same command with --resume auto" in err
@@ -281,7 +288,7 @@ def test_signals_at_random_times_are_all_obeyed(smallest, tmp_path, command, wor
         process = start(tmp_path, *flags, module="test_stops", function="once_it_takes_signals")
         assert wait_until((tmp_path / "begun").exists, process)
         process.join(rng.uniform(0, 0.4))
-        if process.is_alive():
+        with suppress(ProcessLookupError):  # it may have ended
             os.kill(process.pid, number)
         ends += end(process)
         err = (tmp_path / "err").read_text()
