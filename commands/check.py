@@ -167,8 +167,8 @@ def read_values(dataset: SegmentationDataset) -> Values:
             if isinstance(found, UserError):
                 raise found
             values.setdefault(found.header.kind, []).append(found.values)
-            few = indices is others or len(values["uint16"]) < IMAGES_LIMIT // 4
-            if not few and not needs_range(values["uint16"], len(deep)):
+            enough = indices is deep and len(values["uint16"]) >= IMAGES_LIMIT // 4
+            if enough and not needs_range(values["uint16"], len(deep)):
                 break
     return values
 

@@ -54,7 +54,7 @@ class Training:
         train_data, val_data: what tells the samples to train on, and to validate, from others.
         epoch: number of whole epochs that are done.
         iteration: number of iterations that are done.
-        saved: the same as the newest checkpoint was written.
+        saved: `iteration` as the newest checkpoint was written.
         validations: the mean IoU after each epoch that was validated.
         others: the same before other images, masks or flags of validation came: these do not compare.
         val_set_before: the `val_set` of the checkpoint that the run continues.
@@ -211,7 +211,8 @@ class Training:
 
 def training_flags(checkpoint: dict) -> dict:
     """The flags that a checkpoint was trained with, as far as it tells; of a resumed run the last ones."""
-    flags = checkpoint.get("flags", {})
+    flags = checkpoint.get("flags")
+    flags = flags if isinstance(flags, dict) else {}  # not ours
     keys = [*RUN_FLAGS[: -len(VALIDATION_FLAGS)], "init", "scratch"]
     return {key: flags[key] for key in keys if key in flags}
 

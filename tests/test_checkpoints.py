@@ -15,7 +15,7 @@ from test_runs import OFF, two_groups
 import deeplab
 import main
 from files import checkpoints
-from files.training import Training
+from files.training import Training, training_flags
 from utils import UserError
 
 PATH = "data/deeplab_tiny_custom_v3_x_epoch1.pth"
@@ -186,6 +186,11 @@ def test_hyperparameters_are_not_the_checkpoints():
     for group in optimizer.param_groups:
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
         assert group["fused"] is True
+
+
+@pytest.mark.parametrize("flags", [None, ["dataset"], "dataset", 3])
+def test_flags_of_another_kind_are_not_the_trainings(flags):
+    assert training_flags({"flags": flags}) == {}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -25,8 +26,8 @@ import deeplab
 import main
 from datasets import SegmentationDataset
 from files import checkpoints
-from files.runs import RunLog
-from utils import STOP_SIGNALS, end_if_stopped, stop_signals
+from files.runs import RunLog, until_stopped
+from utils import STOP_SIGNALS, Stopped, end_if_stopped, stop_signals
 
 pytest.importorskip("fcntl")  # not on Windows
 
@@ -159,6 +160,17 @@ def test_stopped_while_it_waits_for_a_batch_it_saves_what_was_trained(cli, small
     status, _, err = cli(*flags, "--workers", 2)
     assert status == 143 and f"{STEM}1_iter3.pth is saved: the same command with --resume auto" in err
     assert torch.load(f"{STEM}1_iter3.pth", weights_only=True)["iteration"] == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved_while_a_batch_is_waited_for():
+    def batches():
+        yield 1
+        raise Stopped
+
+    model = SimpleNamespace(parameters=lambda: [torch.tensor([1.0, torch.nan])])
+    with pytest.raises(Stopped) as stopped:  # to save it, a run would be needed
+        list(until_stopped(batches(), None, SimpleNamespace(model=model, iteration=3, saved=0), None))
+    assert not stopped.value.args
 
 
 def test_worker_killed_for_memory_is_a_line(cli, smallest, monkeypatch):
